@@ -1,0 +1,3 @@
+"""Build a pinned, patched llama.cpp and measure what K/V cache types cost."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,80 @@
+"""Wiring only: one typer app, one `register(app)` a command module, one way to fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import typer
+
+from turbo_eval import __version__
+from turbo_eval.errors import TurboEvalError
+
+# Order is the order in --help. A module is added here when it exists.
+COMMANDS: tuple[str, ...] = ()
+
+app = typer.Typer(
+    name="turbo-eval",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Build a pinned llama.cpp with turbo3/turbo4 KV-cache types and measure what they cost.
+
+    [bold]First run[/bold]
+
+      make demo                                     everything, from clone to table
+
+      turbo-eval doctor                             what is here, what is missing, what fixes it
+
+      turbo-eval sweep configs/demo.toml            perplexity of each K/V pair
+
+      turbo-eval sweep --model my.gguf --pairs q8_0:q8_0,q8_0:turbo3
+
+      turbo-eval gate configs/gates.toml            exit code for CI: 0 pass, 1 regression,
+                                                    2 bad usage, 3 incomplete, 4 environment
+    """,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"turbo-eval {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print it."),
+) -> None:
+    pass
+
+
+for _name in COMMANDS:
+    import_module(f"turbo_eval.commands.{_name}").register(app)
+
+
+def main() -> None:
+    """Console script: one sentence on stderr for every foreseen error, no traceback.
+
+    `TURBO_EVAL_DEBUG=1` lets the traceback through.
+    """
+    try:
+        app()
+    except TurboEvalError as error:
+        _fail(error, error.sentence(), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        place = error.filename or "the disk"
+        _fail(error, f"cannot write {place} ({error.strerror}); free space or set TURBO_EVAL_CACHE.", 4)
+
+
+def _fail(error: BaseException, sentence: str, code: int) -> NoReturn:
+    if os.environ.get("TURBO_EVAL_DEBUG") == "1":
+        raise error
+    print(f"turbo-eval: {sentence}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""One short module a command (or command group); each has `register(app)`."""

@@ -1,0 +1,48 @@
+"""What a number was measured with."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from turbo_eval.build import Build
+
+
+class Machine(BaseModel):
+    """The computer, described without naming it: no host name, no serial number."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str  # slug of CPU, cores and a short hash of the rest; names the folder under results/
+    cpu: str
+    features: tuple[str, ...]  # the CPU flags that ggml has code for
+    cores: int  # logical
+    memory_gib: float
+    os: str
+    gpu: str = ""
+
+
+class Provenance(BaseModel):
+    """Everything that can change a number and is not part of the cell asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    backend: str
+    pin: str
+    series: str  # sha256 over the patch series, "" for a foreign build
+    tree: str
+    dirty: bool
+    compiler: str
+    flags: tuple[str, ...]
+    machine: Machine
+    packages: dict[str, str]  # distribution -> version
+    harness: str  # turbo-eval version and commit
+
+
+def collect(build: Build) -> Provenance:
+    """Describe `build` and this machine."""
+    raise NotImplementedError
+
+
+def machine() -> Machine:
+    """Describe this machine."""
+    raise NotImplementedError
