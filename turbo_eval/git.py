@@ -19,6 +19,11 @@ REPRODUCIBLE: Mapping[str, str] = {
     "LC_ALL": "C",
 }
 
+_REPOSITORY_VARIABLES = {
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"),
+    *("GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX", "GIT_SHALLOW_FILE"),
+}
+
 
 class GitError(EnvironmentProblem):
     """A git command failed; `stderr` holds all it said."""
@@ -35,7 +40,7 @@ def git(
     timeout: float | None = None,
     reproducible: bool = False,
 ) -> str:
-    """Run git in `cwd` and return its stdout as it is.
+    """Run git in `cwd` and return its stdout, byte for byte (what isn't UTF-8 as surrogates).
 
     Args:
         env: added to the environment.
@@ -45,7 +50,12 @@ def git(
     Raises:
         GitError: git is not installed, failed, or took too long.
     """
-    full = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    # From inside a hook these would point git at the outer repository.
+    full = {
+        key: value
+        for key, value in os.environ.items()
+        if not (key in _REPOSITORY_VARIABLES or (reproducible and key.startswith("GIT_")))
+    }
     full["GIT_TERMINAL_PROMPT"] = "0"
     command = ["git"]
     if reproducible:
@@ -55,16 +65,8 @@ def git(
     full |= env or {}
     command += args
     try:
-        # surrogateescape: patches are bytes; what isn't UTF-8 must survive the round trip
         done = subprocess.run(
-            command,
-            cwd=cwd,
-            env=full,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout,
-            encoding="utf-8",
-            errors="surrogateescape",
+            command, cwd=cwd, env=full, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout
         )
     except FileNotFoundError as error:
         if not cwd.is_dir():
@@ -72,16 +74,20 @@ def git(
         raise GitError("git is not installed", "install it, e.g. `apt-get install git`") from error
     except subprocess.TimeoutExpired as error:
         raise GitError(f"`git {args[0]}` gave no answer in {timeout:.0f} s") from error
+    # Decoded here, not by subprocess: that would fold CRLF, and a patch is bytes. What isn't
+    # UTF-8 must survive the round trip too.
+    stdout = done.stdout.decode("utf-8", "surrogateescape")
     if done.returncode != 0:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = done.stderr.decode("utf-8", "replace") + stdout
+        lines = [line for line in said.splitlines() if line.strip()]
         stated = [line for line in lines if line.startswith(("fatal:", "error:"))]
         reason = (stated or lines[-1:] or [f"exit code {done.returncode}"])[0]
         verb = args[0] if not args[0].startswith("-") else " ".join(args[:3])
         raise GitError(
             f"`git {verb}` failed in {cwd}: {reason}",
-            stderr=done.stderr + done.stdout,
+            stderr=said,
         )
-    return done.stdout
+    return stdout
 
 
 def working_tree_hash(repo: Path) -> str:

@@ -1,0 +1,214 @@
+"""Upstream at the pin: which commit it is, and two ways to get it."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbo_eval import paths
+from turbo_eval.download import fetch, lock, sha256_of, transfer_bar
+from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.git import GitError, git
+from turbo_eval.package_index import RemoteFile, find_file
+
+SUBMODULE = "llama.cpp"
+
+# llama-cpp-python's sdist of this version was packed with its git submodules' repositories in it;
+# the one of llama.cpp is at our pin. Move both together.
+SDIST_REQUIREMENT = "llama-cpp-python==0.3.36"
+SDIST_NAME = "llama_cpp_python-0.3.36.tar.gz"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SDIST_SIZE = 76_589_250
+SDIST_REPOSITORY = "llama_cpp_python-0.3.36/.git/modules/vendor/llama.cpp/"
+
+# Long enough for a slow handshake, short enough not to be noticed where a firewall drops packets.
+PROBE_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What the submodule holds. `head` is "" when it isn't filled."""
+
+    pin: str
+    head: str
+    clean: bool
+
+    @property
+    def ready(self) -> bool:
+        return self.head == self.pin and self.clean
+
+
+def pin() -> str:
+    """The upstream commit that the parent repository's index names for `llama.cpp`.
+
+    Raises:
+        EnvironmentProblem: the checkout has no such gitlink.
+    """
+    root = paths.repo_root()
+    entry = git("ls-files", "-s", "--", SUBMODULE, cwd=root).split()
+    if len(entry) < 2 or entry[0] != "160000":
+        raise EnvironmentProblem(
+            f"{root} has no submodule {SUBMODULE} in its index", "clone the repository anew with git"
+        )
+    return entry[1]
+
+
+def state() -> SourceState:
+    """Look at the submodule without touching it."""
+    folder = paths.submodule_dir()
+    if not (folder / ".git").exists():
+        return SourceState(pin(), "", clean=True)
+    head = git("rev-parse", "HEAD", cwd=folder).strip()
+    return SourceState(pin(), head, clean=not git("status", "--porcelain", cwd=folder).strip())
+
+
+def ensure_source(*, offline_route: bool = False) -> str:
+    """Fill the submodule at the pin; says where it came from: "present", "upstream" or "sdist".
+
+    Both routes end in git checking out the pinned commit, whose id is a hash over all content:
+    what was checked out is what was pinned, wherever the bytes came from.
+
+    Args:
+        offline_route: go straight to the sdist.
+
+    Raises:
+        EnvironmentProblem: local changes in the way, or neither route works.
+    """
+    now = state()
+    if now.ready:
+        return "present"
+    folder = paths.submodule_dir()
+    if now.head and not now.clean:
+        raise EnvironmentProblem(
+            f"{folder} has local changes, and it must stay as upstream made it",
+            f"move them to {paths.worktree_dir()}, then run `git -C {SUBMODULE} checkout --force {now.pin}`",
+        )
+    root = paths.repo_root()
+    if now.head and _has_commit(folder, now.pin):
+        git("checkout", "--quiet", "--detach", now.pin, cwd=folder)
+        return _proven("present")
+    reason = ""
+    if not offline_route:
+        reason = _from_upstream(root)
+        if not reason:
+            return _proven("upstream")
+    _from_sdist(root, reason)
+    return _proven("sdist")
+
+
+def _has_commit(folder: Path, commit: str) -> bool:
+    try:
+        git("cat-file", "-e", f"{commit}^{{commit}}", cwd=folder)
+    except GitError:
+        return False
+    return True
+
+
+def _proven(route: str) -> str:
+    now = state()
+    if now.head != now.pin or not now.clean:
+        raise EnvironmentProblem(
+            f"{SUBMODULE} is at {now.head or 'no commit'} after the download, the pin is {now.pin}",
+            f"remove {paths.submodule_dir()} and run `make source` again",
+        )
+    return route
+
+
+def _from_upstream(root: Path) -> str:
+    """The ordinary way; returns why it did not work, "" if it did."""
+    url = git("config", "-f", ".gitmodules", f"submodule.{SUBMODULE}.url", cwd=root).strip()
+    try:
+        git("ls-remote", "--exit-code", url, "HEAD", cwd=root, timeout=PROBE_SECONDS)
+        git("submodule", "update", "--init", "--depth", "1", "--", SUBMODULE, cwd=root, timeout=1800)
+    except GitError as error:
+        return error.message
+    return ""
+
+
+def ensure_sdist() -> Path:
+    """The verified sdist in the cache.
+
+    Raises:
+        EnvironmentProblem: it can't be downloaded, or is not the pinned file.
+    """
+    target = paths.cache_dir() / "downloads" / SDIST_NAME
+    with lock(target):
+        if target.is_file():
+            if sha256_of(target) == SDIST_SHA256:
+                return target
+            target.unlink()
+        found = find_file(SDIST_REQUIREMENT, sdist=True)
+        # our own pin, not what the index says about itself
+        pinned = RemoteFile(SDIST_NAME, found.url, SDIST_SHA256)
+        with transfer_bar(SDIST_NAME, SDIST_SIZE) as on_bytes:
+            return fetch(pinned, target, on_bytes=on_bytes)
+
+
+def _from_sdist(root: Path, reason: str) -> None:
+    try:
+        archive = ensure_sdist()
+    except EnvironmentProblem as error:
+        first = f"upstream did not answer ({reason}), and " if reason else ""
+        raise EnvironmentProblem(first + error.message, error.next_step) from error
+    commit = pin()
+    # Inside the repository's own git folder: same disk, never seen by git status.
+    git_dir = Path(git("rev-parse", "--absolute-git-dir", cwd=root).strip())
+    with tempfile.TemporaryDirectory(prefix="turbo-eval-source-", dir=git_dir) as scratch:
+        donor = Path(scratch) / "llama.cpp.git"
+        _unpack_repository(archive, donor)
+        if not _has_commit(donor, commit):
+            raise EnvironmentProblem(
+                f"{SDIST_NAME} carries another commit than the pin {commit}",
+                "run `git submodule update --init` where upstream can be reached",
+            )
+        url = git("config", "-f", ".gitmodules", f"submodule.{SUBMODULE}.url", cwd=root).strip()
+        # A clone that an earlier try left behind still looks for its objects at upstream.
+        left_over = git_dir / "modules" / SUBMODULE
+        if not state().head:
+            shutil.rmtree(left_over, ignore_errors=True)
+            git("submodule", "init", "--", SUBMODULE, cwd=root)
+            git(
+                *("-c", "protocol.file.allow=always", "-c", f"submodule.{SUBMODULE}.url={donor.as_uri()}"),
+                *("submodule", "update", "--depth", "1", "--", SUBMODULE),
+                cwd=root,
+            )
+        else:
+            folder = paths.submodule_dir()
+            git(
+                "-c",
+                "protocol.file.allow=always",
+                *("fetch", "--depth", "1", donor.as_uri(), commit),
+                cwd=folder,
+            )
+            git("checkout", "--quiet", "--detach", commit, cwd=folder)
+        git("remote", "set-url", "origin", url, cwd=paths.submodule_dir())
+
+
+def _unpack_repository(archive: Path, donor: Path) -> None:
+    """Objects and refs only: no hooks, no configuration of whoever packed it."""
+    keep = ("objects/", "refs/", "HEAD", "packed-refs", "shallow")
+    donor.mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if not member.name.startswith(SDIST_REPOSITORY) or not member.isfile():
+                continue
+            inside = member.name.removeprefix(SDIST_REPOSITORY)
+            if not inside.startswith(keep):
+                continue
+            data = tar.extractfile(member)
+            target = (donor / inside).resolve()
+            if data is None or not target.is_relative_to(donor.resolve()):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as stream:
+                shutil.copyfileobj(data, stream)
+    for folder in ("objects", "refs"):
+        (donor / folder).mkdir(exist_ok=True)
+    # Fetching by id must be allowed: the tips that the packer's refs name are not the pin alone.
+    (donor / "config").write_text(
+        "[core]\n\trepositoryformatversion = 0\n\tbare = true\n"
+        "[uploadpack]\n\tallowAnySHA1InWant = true\n\tallowReachableSHA1InWant = true\n"
+    )
