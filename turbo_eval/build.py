@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from turbo_eval.errors import EnvironmentProblem
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from turbo_eval import patches, paths, source, toolchain
+from turbo_eval.download import atomic_write, file_sha256, lock
+from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.git import working_tree_hash
+
+BACKENDS = ("cpu", "metal", "cuda")
+TARGETS = (
+    *("llama-perplexity", "llama-bench", "llama-completion", "llama-quantize"),
+    *("test-backend-ops", "test-quantize-fns"),
+)
+_COMMON = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",  # llama-cpp-python loads them
+    "GGML_NATIVE": "ON",
+    # nothing that downloads, needs another library, or isn't measured here
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_TESTS": "ON",
+}
+_BACKEND = {
+    "cpu": {"GGML_METAL": "OFF", "GGML_CUDA": "OFF"},
+    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON", "GGML_CUDA": "OFF"},
+    # Without all pairs compiled in, a missing K × V pair silently runs on the CPU.
+    "cuda": {"GGML_CUDA": "ON", "GGML_CUDA_FA_ALL_QUANTS": "ON", "GGML_METAL": "OFF"},
+}
+# No device to ask: one generation as PTX for everything newer, and the data-centre one natively.
+CUDA_ARCHS_WITHOUT_GPU = "80-virtual;90-real"
+_RECORD = "turbo-eval-build.json"
 
 
 @dataclass(frozen=True)
@@ -17,9 +60,9 @@ class Build:
         bin_dir: executables and shared libraries.
         tree: git tree hash of the sources it was built from, uncommitted edits included;
             for a foreign folder "bin-" + a hash of its libraries and tools.
-        pin: upstream commit under the patches; "" where unknown.
+        pin: upstream commit under the patches; for a foreign folder the (short) commit it reports.
         dirty: the sources had edits that the series does not hold.
-        compiler: e.g. "GNU 12.2.0".
+        compiler: e.g. "c++ (Debian 12.2.0-14) 12.2.0".
         flags: CMake options that were set, "KEY=VALUE".
         stamp: hash of tree + options + compiler; "" for a foreign folder.
     """
@@ -38,9 +81,45 @@ class Build:
         """Describe any folder of llama.cpp binaries (unpatched upstream, a fork).
 
         Raises:
-            UsageError: no llama-perplexity in it.
+            UsageError: no llama-perplexity in it, or it doesn't run.
         """
-        raise NotImplementedError
+        bin_dir = path.expanduser().resolve()
+        tool = bin_dir / "llama-perplexity"
+        if not tool.is_file():
+            raise UsageError(
+                f"{path} holds no llama-perplexity", "name the bin folder of a finished llama.cpp build"
+            )
+        own = _read_record(bin_dir.parent)
+        if own is not None and own.bin_dir == bin_dir:
+            return own
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            raise UsageError(
+                f"{tool} does not run (exit code {done.returncode})", "build it again for this machine"
+            )
+        said = done.stderr + done.stdout
+        version = re.search(r"version: \S+ \(([0-9a-f]+)\)", said)
+        compiler = re.search(r"built with (.+?)(?: for |$)", said, re.MULTILINE)
+        libraries = [
+            entry
+            for entry in sorted(bin_dir.iterdir())
+            if re.match(r"lib(ggml|llama|mtmd).*\.(so|dylib)", entry.name) and not entry.is_symlink()
+        ]
+        digest = hashlib.sha256()
+        for file in [*libraries, tool]:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        names = " ".join(entry.name for entry in libraries)
+        backend = next((name for name in ("cuda", "metal") if f"ggml-{name}" in names), "cpu")
+        return cls(
+            backend=backend,
+            bin_dir=bin_dir,
+            tree=f"bin-{digest.hexdigest()[:40]}",
+            pin=version[1] if version else "",
+            dirty=False,
+            compiler=compiler[1] if compiler else "",
+            flags=(),
+            stamp="",
+        )
 
     def tool(self, name: str) -> Path:
         """Path of an executable, e.g. `tool("llama-perplexity")`.
@@ -56,11 +135,220 @@ class Build:
             )
         return path
 
+    def current(self) -> bool:
+        """Was it built from build/src as that is now? Foreign folders always are."""
+        if not self.stamp:
+            return True
+        worktree = paths.worktree_dir()
+        return worktree.is_dir() and working_tree_hash(worktree) == self.tree
+
 
 def find_build(backend: str) -> Build:
     """The finished build of a backend, as stamped.
 
     Raises:
-        EnvironmentProblem: none, or it was interrupted.
+        UsageError: no such backend.
+        EnvironmentProblem: not built, or the build was interrupted.
     """
-    raise NotImplementedError
+    _require_backend(backend)
+    folder = paths.build_dir(backend)
+    found = _read_record(folder)
+    if found is None:
+        what = "was not finished" if (folder / "build.ninja").is_file() else "is not there"
+        raise EnvironmentProblem(f"the {backend} build {what}", f"run `make build-{backend}`")
+    return found
+
+
+def options(backend: str, *, cuda_archs: str = "") -> dict[str, str]:
+    """CMake options of a backend, after checking that its toolchain is here.
+
+    Raises:
+        EnvironmentProblem: no compiler for it on this machine.
+    """
+    _require_backend(backend)
+    toolchain.cxx()
+    chosen = _COMMON | _BACKEND[backend]
+    if backend == "metal":
+        toolchain.require_metal()
+    if backend == "cuda":
+        nvcc = toolchain.nvcc()
+        chosen["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
+        native = "native" if toolchain.has_nvidia_gpu() else CUDA_ARCHS_WITHOUT_GPU
+        chosen["CMAKE_CUDA_ARCHITECTURES"] = cuda_archs or native
+    return chosen
+
+
+def build(
+    backend: str,
+    *,
+    jobs: int | None = None,
+    cuda_archs: str = "",
+    extra: Sequence[str] = (),
+    targets: Sequence[str] = TARGETS,
+    console: Console | None = None,
+) -> tuple[Build, bool]:
+    """Build what build/src holds; returns the build and whether anything had to be done.
+
+    A series that changed since it was applied is applied first, unless build/src has edits of
+    its own: then those are built, and the build says that it is dirty.
+
+    Args:
+        jobs: compilers at a time; all cores if None.
+        cuda_archs: CMake's list, e.g. "86-real;90-real".
+        extra: further options "KEY=VALUE", e.g. for sanitizers.
+
+    Raises:
+        EnvironmentProblem: source or toolchain missing, or the compiler failed.
+    """
+    console = console or Console(stderr=True)
+    chosen = options(backend, cuda_archs=cuda_archs)
+    for item in extra:
+        key, equals, value = item.removeprefix("-D").partition("=")
+        if not equals:
+            raise UsageError(f"{item} is no CMake option", "write it as KEY=VALUE")
+        chosen[key.split(":")[0]] = value
+    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
+    compiler = toolchain.cxx().version
+    if backend == "cuda":
+        compiler += f", {toolchain.nvcc().version}"
+    folder = paths.build_dir(backend)
+    with lock(folder / "build"):
+        before = patches.status()
+        if not before.dirty and not before.stopped:
+            before = patches.apply()
+        worktree = paths.worktree_dir()
+        tree = working_tree_hash(worktree)
+        flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
+        described = json.dumps([tree, flags, compiler, sorted(targets)])
+        made = Build(
+            backend=backend,
+            bin_dir=folder / "bin",
+            tree=tree,
+            pin=source.pin(),
+            dirty=before.dirty or not before.applied,
+            compiler=compiler,
+            flags=flags,
+            stamp=hashlib.sha256(described.encode()).hexdigest(),
+        )
+        old = _read_record(folder)
+        if old == made and all((made.bin_dir / target).is_file() for target in targets):
+            return made, False
+        # From here until the end no one may take this folder for a finished build.
+        (folder / _RECORD).unlink(missing_ok=True)
+        log = folder / "build.log"
+        _configure(cmake.path, ninja.path, worktree, folder, chosen, compiler, log)
+        _compile(ninja.path, folder, targets, jobs or os.cpu_count() or 2, log, console, backend)
+        if working_tree_hash(worktree) != tree:
+            raise EnvironmentProblem(
+                f"{worktree} was edited while it was built", f"run `make build-{backend}` again"
+            )
+        record = asdict(made) | {"bin_dir": "bin"}
+        with atomic_write(folder / _RECORD) as stream:
+            stream.write(json.dumps(record, indent=1).encode())
+    return made, True
+
+
+def _require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend}", f"choose one of {', '.join(BACKENDS)}")
+
+
+def _read_record(folder: Path) -> Build | None:
+    try:
+        data = json.loads((folder / _RECORD).read_text())
+        return Build(**(data | {"bin_dir": folder / data["bin_dir"], "flags": tuple(data["flags"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _environment() -> dict[str, str]:
+    env = dict(os.environ)
+    # Cache hits across clones and worktrees: paths below the clone count as relative.
+    env.setdefault("CCACHE_BASEDIR", str(paths.repo_root()))
+    env.setdefault("CCACHE_NOHASHDIR", "1")
+    # A venv's ninja is not on PATH when its python is called by its full name.
+    env["PATH"] = f"{env.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
+    return env
+
+
+def _configure(
+    cmake: Path, ninja: Path, worktree: Path, folder: Path, chosen: dict[str, str], compiler: str, log: Path
+) -> None:
+    cache, note = folder / "CMakeCache.txt", folder / "compiler.txt"
+    stale = cache.is_file() and (
+        f"CMAKE_HOME_DIRECTORY:INTERNAL={worktree}\n" not in cache.read_text(errors="replace")
+        or not note.is_file()
+        or note.read_text() != compiler
+    )
+    if stale:  # the clone was moved, or another compiler: cmake would keep or refuse the old ones
+        cache.unlink()
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(compiler)
+    command = [cmake, "-S", worktree, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command += [f"-D{key}={value}" for key, value in chosen.items()]
+    with log.open("wb") as stream:
+        code = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
+        ).returncode
+    if code:
+        raise EnvironmentProblem(f"cmake could not configure: {_first_error(log)}", f"read {log}")
+
+
+def _compile(
+    ninja: Path, folder: Path, targets: Sequence[str], jobs: int, log: Path, console: Console, backend: str
+) -> None:
+    command = [ninja, "-C", folder, f"-j{jobs}", *targets]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    live = console.is_terminal
+    started, told = time.monotonic(), 0
+    with (
+        log.open("ab") as stream,
+        Progress(*columns, console=console, disable=not live) as bar,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=_environment() | {"NINJA_STATUS": "[%f/%t] "},
+        ) as process,
+    ):
+        task = bar.add_task(f"build {backend}", total=None, what="")
+        assert process.stdout is not None
+        try:
+            for raw in process.stdout:
+                stream.write(raw)
+                step = re.match(rb"\[(\d+)/(\d+)\] (.*)", raw)
+                if not step:
+                    continue
+                done, total = int(step[1]), int(step[2])
+                what = step[3].decode(errors="replace").rsplit("/", 1)[-1]
+                bar.update(task, completed=done, total=total, what=what[:40])
+                if not live and done * 10 // total > told:
+                    told = done * 10 // total
+                    spent = time.monotonic() - started
+                    console.print(f"build {backend}: {done}/{total}, {spent:.0f} s", highlight=False)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise EnvironmentProblem(f"the {backend} build failed: {_first_error(log)}", f"read {log}")
+
+
+def _first_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    marks = ("error:", "CMake Error", "ninja: error", "fatal error")
+    hits = [index for index, line in enumerate(lines) if any(mark in line for mark in marks)]
+    if not hits:
+        return lines[-1].strip() if lines else "it said nothing"
+    # "CMake Error at file:line (command):" is followed by the message itself
+    text = " ".join(
+        line.strip() for line in lines[hits[0] : hits[0] + (3 if "CMake" in lines[hits[0]] else 1)]
+    )
+    return text[:300]
