@@ -14,7 +14,7 @@ from turbo_eval import __version__
 from turbo_eval.errors import TurboEvalError
 
 # Order is the order in --help. A module is added here when it exists.
-COMMANDS: tuple[str, ...] = ("source", "patches", "build")
+COMMANDS: tuple[str, ...] = ("source", "patches", "build", "plan", "sweep", "table", "gate")
 
 app = typer.Typer(
     name="turbo-eval",

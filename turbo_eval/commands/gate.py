@@ -1,0 +1,49 @@
+"""turbo-eval gate: thresholds on records, for CI."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbo_eval.commands import options as o
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Judge the records of this machine and build against a config's checks.
+
+        Exit code 0: all pass; 1: a regression, each failing check says its sentence; 2: bad usage
+        or config; 3: cells missing, failed or stale, or no baseline. Nothing is run.
+
+          turbo-eval sweep configs/gates.toml && turbo-eval gate configs/gates.toml
+        """
+    )(gate)
+
+
+def gate(
+    config: Annotated[Path, typer.Argument(help="A gate config, e.g. configs/gates.toml.")],
+    bin_dir: o.BinDir = None,
+    results: o.Results = None,
+) -> None:
+    from turbo_eval.config import load_gate
+    from turbo_eval.gate import run_gate
+    from turbo_eval.paths import results_dir
+    from turbo_eval.plan import make_plan
+    from turbo_eval.provenance import machine
+    from turbo_eval.store import Store
+
+    spec = load_gate(config)
+    build = o.load_build(spec.sweep.backend, bin_dir)
+    plan = make_plan(spec.sweep, build, download=False)
+    outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id))
+    for sentence in outcome.passed:
+        print(f"pass        {sentence}")
+    for sentence in outcome.incomplete:
+        print(f"incomplete  {sentence}", file=sys.stderr)
+    for sentence in outcome.regressions:
+        print(f"FAIL        {sentence}", file=sys.stderr)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)

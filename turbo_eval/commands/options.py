@@ -1,0 +1,126 @@
+"""Options that several commands share, and the sweep they describe together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Config = Annotated[
+    Path | None, typer.Argument(help="A sweep or gate config, e.g. configs/demo.toml.", show_default=False)
+]
+Model = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="Model by name or path; may be repeated.", show_default=False),
+]
+Corpus = Annotated[
+    str | None, typer.Option("--corpus", "-f", help="Corpus by name or path.", show_default=False)
+]
+Pairs = Annotated[
+    str | None,
+    typer.Option("--pairs", "-p", help="K:V,K:V,… e.g. q8_0:turbo3,turbo4:turbo4.", show_default=False),
+]
+KTypes = Annotated[
+    str | None, typer.Option("--k", help="K types, with --v: every combination.", show_default=False)
+]
+VTypes = Annotated[str | None, typer.Option("--v", help="V types, see --k.", show_default=False)]
+Baseline = Annotated[
+    str | None, typer.Option(help="K:V pair that ΔPPL is taken against.", show_default=False)
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(help="ppl, kld, decode, greedy, needle; comma-separated.", show_default=False),
+]
+Ctx = Annotated[str | None, typer.Option(help="Context in tokens; comma-separated.", show_default=False)]
+Chunks = Annotated[int | None, typer.Option(help="Chunks of that many tokens to score.", show_default=False)]
+UBatch = Annotated[
+    int | None, typer.Option(help="Physical batch in tokens (default 512).", show_default=False)
+]
+Anchor = Annotated[
+    str | None,
+    typer.Option(help="K anchor: auto, off or a file; comma-separated.", show_default=False),
+]
+Backend = Annotated[str | None, typer.Option(help="cpu, metal or cuda.", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="CPU threads (default: all cores).", show_default=False)
+]
+Timeout = Annotated[
+    float | None, typer.Option(help="Seconds a cell may take (default: no limit).", show_default=False)
+]
+BinDir = Annotated[
+    Path | None,
+    typer.Option(help="Use llama.cpp's tools from this folder instead of our build.", show_default=False),
+]
+Results = Annotated[Path | None, typer.Option(help="Results folder (default: results/).", show_default=False)]
+
+
+def _split(text: str | None) -> list[str] | None:
+    return [p.strip() for p in text.split(",") if p.strip()] if text is not None else None
+
+
+def overrides(**given: Any) -> dict[str, Any]:
+    """Config keys from option values; those not given are left out.
+
+    Raises:
+        UsageError: a context that is no number.
+    """
+    from turbo_eval.errors import UsageError
+
+    lists = ("pairs", "k", "v", "metrics", "anchor")
+    data = {key: value for key, value in given.items() if value not in (None, [])}
+    for key in lists:
+        if key in data:
+            data[key] = _split(data[key])
+    if "ctx" in data:
+        try:
+            data["ctx"] = [int(c) for c in _split(data["ctx"]) or []]
+        except ValueError:
+            raise UsageError(f"--ctx {given['ctx']!r} is no number of tokens") from None
+    return data
+
+
+def merged(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The config file's sweep with the options laid over it."""
+    from turbo_eval.config import load_sweep_data
+
+    data = load_sweep_data(config) if config else {"name": "command line"}
+    if "models" in given:
+        data.pop("model", None)
+    if "metrics" in given:
+        data.pop("metric", None)
+    if any(key in given for key in ("pairs", "k", "v")):
+        for key in ("pairs", "k", "v"):
+            data.pop(key, None)
+        if "baseline" in data and "baseline" not in given:
+            # The file's baseline stays if the new pairs hold it; else the first pair stands in.
+            pairs = given.get("pairs") or []
+            if data["baseline"] not in pairs:
+                data.pop("baseline")
+    return data | given
+
+
+def load_spec(config: Path | None, given: dict[str, Any]) -> Any:
+    """The validated sweep.
+
+    Raises:
+        UsageError: bad config, or neither a config nor pairs.
+    """
+    from turbo_eval.config import sweep_spec
+    from turbo_eval.errors import UsageError
+
+    if config is None and not any(key in given for key in ("pairs", "k", "v")):
+        raise UsageError("nothing to sweep", "give a config such as configs/demo.toml, or --pairs")
+    return sweep_spec(merged(config, given), str(config) if config else "options")
+
+
+def load_build(backend: str, bin_dir: Path | None) -> Any:
+    """Our build of the backend, or the foreign one in `bin_dir`.
+
+    Raises:
+        EnvironmentProblem: not built.
+        UsageError: no llama.cpp in `bin_dir`.
+    """
+    from turbo_eval.build import Build, find_build
+
+    return Build.from_bin_dir(bin_dir) if bin_dir else find_build(backend)

@@ -1,0 +1,62 @@
+"""turbo-eval table: the comparison table of what is on record."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbo_eval.commands import options as o
+
+
+class Format(StrEnum):
+    """Output formats."""
+
+    rich = "rich"
+    markdown = "markdown"
+    csv = "csv"
+    json = "json"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Compare what is on record: K × V with ΔPPL, error bars, bits and sizes.
+
+          turbo-eval table
+
+          turbo-eval table results/my-machine --format markdown > table.md
+        """
+    )(table)
+
+
+def table(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Record files or folders (default: results/).")
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.rich,
+    baseline: o.Baseline = None,
+) -> None:
+    from turbo_eval import table as tables
+    from turbo_eval.cache_types import parse_pair
+    from turbo_eval.errors import IncompleteError
+    from turbo_eval.paths import results_dir
+    from turbo_eval.store import read_all
+
+    records = read_all(results or [results_dir()])
+    if not records:
+        raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
+    rows = tables.summarize(records, parse_pair(baseline) if baseline else None)
+    if form is Format.rich:
+        from rich.console import Console
+
+        console = Console()
+        for _, group in tables.by_setting(rows):
+            console.print(tables.render_rich(group))
+    elif form is Format.markdown:
+        print("\n".join(tables.render_markdown(group) for _, group in tables.by_setting(rows)), end="")
+    elif form is Format.csv:
+        print(tables.render_csv(rows), end="")
+    else:
+        print(tables.render_json(rows), end="")

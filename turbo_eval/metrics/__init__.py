@@ -1,0 +1,1 @@
+"""One module a metric: each turns a job into a record."""

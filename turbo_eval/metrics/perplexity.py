@@ -1,0 +1,168 @@
+"""Perplexity, KL divergence and the decode path: everything llama-perplexity measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbo_eval import judge, parse
+from turbo_eval.build import Build
+from turbo_eval.config import Metric
+from turbo_eval.metrics.base_logits import BaseFailedError, BaseLogits
+from turbo_eval.plan import Job, batched_cell
+from turbo_eval.provenance import Provenance
+from turbo_eval.record import Cell, Decode, Effective, Record, Run
+from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
+from turbo_eval.store import Store
+from turbo_eval.tool import perplexity_argv
+
+# Called as work goes on: chunks done, chunks in all, running perplexity.
+OnProgress = Callable[[int, int | None, float | None], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every measurement needs beside its job."""
+
+    build: Build
+    provenance: Provenance
+    store: Store
+    threads: int
+    timeout: float | None
+
+
+def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
+    """Run a "ppl", "kld" or "decode" cell and judge it.
+
+    Raises:
+        EnvironmentProblem: disk full, tool missing, base logits over the cap.
+        KeyboardInterrupt: after ending the process; nothing is recorded.
+    """
+    cell = job.cell
+    base: Path | None = None
+    if cell.metric == "kld":
+        try:
+            base = BaseLogits.default().ensure(job, bench, on_progress)
+        except BaseFailedError as error:
+            failed = error.record
+            verdict: judge.Verdict = (
+                "base-invalid",
+                f"the f16/f16 run to compare with failed ({failed.status}: {failed.detail})",
+            )
+            return _record(cell, verdict, Effective(), failed.run, bench)
+    argv = perplexity_argv(
+        cell,
+        bench.build,
+        model=job.model.path,
+        corpus=job.corpus.path,
+        threads=bench.threads,
+        anchor=job.anchor,
+        logits_base=base,
+    )
+    outcome, run_info = execute(argv, bench, bench.store.log_path(cell), on_progress)
+    return conclude(cell, outcome, run_info, bench)
+
+
+def execute(argv: list[str], bench: Bench, log: Path, on_progress: OnProgress) -> tuple[Outcome, Run]:
+    """Run llama-perplexity, following its progress."""
+    env, removed = child_environment()
+    scanner = parse.ProgressScanner()
+
+    def follow(text: str) -> bool:
+        if scanner.feed(text):
+            on_progress(scanner.chunk, scanner.total, scanner.ppl)
+        return False
+
+    outcome = run(argv, log=log, env=env, timeout=bench.timeout, on_text=follow)
+    info = Run(
+        argv=tuple(argv),
+        env=relevant_environment(),
+        env_removed=removed,
+        started=outcome.started,
+        seconds=outcome.seconds,
+        cpu_seconds=outcome.cpu_seconds,
+        peak_mib=outcome.peak_mib,
+        returncode=outcome.returncode,
+        threads=bench.threads,
+        log=str(log.relative_to(bench.store.root)) if log.is_relative_to(bench.store.root) else log.name,
+    )
+    return outcome, info
+
+
+def conclude(cell: Cell, outcome: Outcome, run_info: Run, bench: Bench) -> Record:
+    """Text → record: process, then state, then numbers; the first fault is the status."""
+    result = parse.parse_ppl(outcome.text)
+    effective = parse.parse_effective(outcome.text)
+    verdict = (
+        judge.judge_process(outcome, bench.timeout)
+        or judge.judge_state(cell, effective)
+        or judge.judge_numbers(cell, outcome.text, result)
+    )
+    if verdict is None and cell.metric == "kld" and result.kld is None:
+        verdict = ("base-invalid", parse.last_error(outcome.text) or "no KL statistics were printed")
+    decode: Decode | None = None
+    if verdict is None and cell.metric == "decode":
+        decode, verdict = _compare_decode(cell, result, bench.store)
+    if verdict is not None:
+        return _record(cell, verdict, effective, run_info, bench, decode=decode)
+    return Record(
+        key=cell.key(),
+        cell=cell,
+        status="ok",
+        ppl=result.ppl,
+        ppl_err=result.ppl_err,
+        running_ppl=result.running,
+        kld=result.kld if cell.metric == "kld" else None,
+        decode=decode,
+        effective=effective,
+        run=run_info,
+        provenance=bench.provenance,
+    )
+
+
+def _record(
+    cell: Cell,
+    verdict: judge.Verdict,
+    effective: Effective,
+    run_info: Run,
+    bench: Bench,
+    decode: Decode | None = None,
+) -> Record:
+    return Record(
+        key=cell.key(),
+        cell=cell,
+        status=verdict[0],
+        detail=verdict[1],
+        decode=decode,
+        effective=effective,
+        run=run_info,
+        provenance=bench.provenance,
+    )
+
+
+def _compare_decode(
+    cell: Cell, result: parse.PplText, store: Store
+) -> tuple[Decode | None, judge.Verdict | None]:
+    """Perplexity through ubatch 1 against the batched run's after the same number of chunks."""
+    metrics: tuple[Metric, ...] = ("ppl", "kld")
+    for metric in metrics:
+        batched = store.load(batched_cell(cell, metric))
+        if batched is not None and batched.ok and len(batched.running_ppl) >= cell.chunks:
+            break
+    else:
+        return None, ("no-result", "there is no batched number of this pair to compare with")
+    assert result.ppl is not None
+    reference = batched.running_ppl[cell.chunks - 1]
+    delta = 100 * (result.ppl / reference - 1)
+    bound = float(cell.options["bound_pct"])
+    decode = Decode(
+        ppl_batched=reference, delta_pct=round(delta, 4), bound_pct=bound, batched_key=batched.key
+    )
+    if abs(delta) > bound:
+        return decode, (
+            "decode-mismatch",
+            f"perplexity one token at a time is {result.ppl:.4f}, batched {reference:.4f}"
+            f" ({delta:+.2f} %, allowed {bound:g} %)",
+        )
+    return decode, None
