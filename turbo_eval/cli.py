@@ -14,7 +14,21 @@ from turbo_eval import __version__
 from turbo_eval.errors import TurboEvalError
 
 # Order is the order in --help. A module is added here when it exists.
-COMMANDS: tuple[str, ...] = ("source", "patches", "build", "plan", "sweep", "table", "gate")
+COMMANDS: tuple[str, ...] = (
+    *("doctor", "source", "patches", "build", "models", "corpora"),
+    *("plan", "sweep", "table", "gate"),
+)
+    "doctor",
+    "source",
+    "patches",
+    "build",
+    "models",
+    "corpora",
+    "plan",
+    "sweep",
+    "table",
+    "gate",
+)
 
 app = typer.Typer(
     name="turbo-eval",

@@ -229,18 +229,33 @@ def _append_part(
 
 
 def _from_dataset(name: str, source: DatasetSource, target: Path) -> None:
+    if not Path(source.path).exists():
+        _require_hub(f"give a path to the text instead of {name}")
     import datasets  # slow to import, rarely needed
 
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split)[source.column]
     except Exception as error:  # the library raises whatever its many layers raise
         raise EnvironmentProblem(
-            f"the hub did not give {source.path} ({type(error).__name__})",
-            f"reach the hub once, or give a path to the text instead of {name}",
+            f"data set {source.path} could not be loaded ({type(error).__name__})",
+            f"try again, or give a path to the text instead of {name}",
         ) from error
     with atomic_write(target) as stream:
         for row in rows:
             stream.write((row or source.empty_row).encode())
+
+
+def _require_hub(otherwise: str) -> None:
+    """One quick question first: the libraries retry for half a minute where there is no hub."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"the model hub {constants.ENDPOINT} cannot be reached ({type(error).__name__})",
+            f"reach it once, or {otherwise}",
+        ) from error
 
 
 def _from_hub(name: str, entry: Entry, hub: HubSource, *, download: bool) -> tuple[Path, str]:
@@ -252,6 +267,7 @@ def _from_hub(name: str, entry: Entry, hub: HubSource, *, download: bool) -> tup
     elif not download:
         raise EnvironmentProblem(f"{name} is not downloaded", f"run `turbo-eval models get {name}`")
     else:
+        _require_hub(f"give a path to the file instead of {name}")
         try:
             path = Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision))
         except Exception as error:  # the library raises whatever its many layers raise
