@@ -18,17 +18,6 @@ COMMANDS: tuple[str, ...] = (
     *("doctor", "source", "patches", "build", "models", "corpora"),
     *("plan", "sweep", "table", "gate"),
 )
-    "doctor",
-    "source",
-    "patches",
-    "build",
-    "models",
-    "corpora",
-    "plan",
-    "sweep",
-    "table",
-    "gate",
-)
 
 app = typer.Typer(
     name="turbo-eval",
