@@ -27,18 +27,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Build a pinned llama.cpp with turbo3/turbo4 KV-cache types and measure what they cost.
 
-    [bold]First run[/bold]
+    [bold]From nothing to a table:[/bold] make demo
 
-      make demo                                     everything, from clone to table
+    [bold]By example[/bold]
 
-      turbo-eval doctor                             what is here, what is missing, what fixes it
+      turbo-eval doctor                     what is missing, and what fixes it
 
-      turbo-eval sweep configs/demo.toml            perplexity of each K/V pair
+      turbo-eval sweep configs/demo.toml    perplexity of each K/V pair
 
       turbo-eval sweep --model my.gguf --pairs q8_0:q8_0,q8_0:turbo3
 
-      turbo-eval gate configs/gates.toml            exit code for CI: 0 pass, 1 regression,
-                                                    2 bad usage, 3 incomplete, 4 environment
+      turbo-eval table --format markdown    compare what is on record
+
+      turbo-eval gate configs/gates.toml    an exit code for CI
+
+    [bold]Exit codes[/bold]  0 pass · 1 regression · 2 bad usage or config · 3 incomplete · 4 environment
     """,
 )
 
@@ -51,7 +54,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print it."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
 ) -> None:
     pass
 

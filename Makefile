@@ -1,0 +1,83 @@
+# The front door. `make` lists what there is; `make demo` goes from a fresh clone to a table.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/turbo-eval
+JOBS ?=
+CUDA_ARCHS ?=
+DEMO_MODEL := smollm2-135m
+DEMO_CORPUS := news-prose
+
+.PHONY: help setup source build-cpu build-metal build-cuda demo test check clean \
+	patches-status patches-apply patches-refresh patches-check patches-rebase
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+
+# -- prepare ---------------------------------------------------------------------------------------
+
+setup: $(VENV)/.installed source ## venv, package, upstream source, patched worktree, Python bindings
+	@$(RUN) patches status | grep -q 'edits the series does not hold' || $(RUN) patches apply >/dev/null
+	@$(BIN)/python -c 'from importlib.metadata import version as v; assert v("llama-cpp-python") == "0.3.36"' \
+		2>/dev/null || { echo "setup: installing llama-cpp-python without its own llama.cpp" && \
+		CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install -q "$$($(RUN) source --sdist-path)"; }
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "setup: Python 3.11 or newer is needed; install it or set PYTHON=" >&2; exit 4; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: installing packages into $(VENV)"
+	@$(BIN)/pip install -q -e '.[dev]'
+	@# cmake and ninja come as packages where the system has none, or too old ones
+	@$(BIN)/python -m turbo_eval.toolchain || $(BIN)/pip install -q -e '.[toolchain]'
+	@touch $@
+
+source: $(VENV)/.installed ## fill llama.cpp/ at the pin (from upstream, else from the package index)
+	@$(RUN) source
+
+build-cpu build-metal build-cuda: build-%: setup ## build one backend into build/BACKEND/bin
+	@$(RUN) build $* $(if $(JOBS),--jobs $(JOBS)) $(if $(CUDA_ARCHS),--cuda-archs '$(CUDA_ARCHS)')
+
+# -- measure ---------------------------------------------------------------------------------------
+
+demo: ## everything from a fresh clone to a table of perplexities, and how long each stage took
+	@stages=(); total=$$SECONDS; \
+	stage() { local name=$$1 start=$$SECONDS; shift; echo "── $$name"; "$$@"; \
+		stages+=("$$(printf '%-32s %4d s' "$$name" $$((SECONDS - start)))"); }; \
+	stage 'setup (packages, source)' $(MAKE) setup; \
+	stage 'build (CPU)' $(MAKE) build-cpu; \
+	stage 'model and corpus' bash -c '$(RUN) models get $(DEMO_MODEL) && $(RUN) corpora get $(DEMO_CORPUS)'; \
+	stage 'sweep' $(RUN) sweep configs/demo.toml; \
+	echo; printf '%s\n' "$${stages[@]}"; printf '%-32s %4d s\n' total $$((SECONDS - total))
+
+# -- judge -----------------------------------------------------------------------------------------
+
+check: setup ## what needs no compiler: ruff, mypy, patch series
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
+	@$(RUN) patches check
+
+test: build-cpu check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
+	@build/cpu/bin/test-quantize-fns
+	@$(BIN)/python -m tests.turbo_ops
+	@$(BIN)/pytest
+
+patches-status: setup ## pin, series, and what build/src holds
+	@$(RUN) patches status
+patches-apply: setup ## pin + series into build/src
+	@$(RUN) patches apply
+patches-refresh: setup ## build/src's commits out into patches/
+	@$(RUN) patches refresh
+patches-check: setup ## is the series sound?
+	@$(RUN) patches check
+patches-rebase: setup ## move the pin: make patches-rebase REV=b10234
+	@$(RUN) patches rebase "$(REV)"
+
+clean: ## remove builds and the worktree (edits in build/src are lost), keep .venv and downloads
+	@rm -rf build && if [ -e llama.cpp/.git ]; then git -C llama.cpp worktree prune; fi
