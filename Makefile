@@ -19,7 +19,7 @@ DEMO_CORPUS := news-prose
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  \1\n      \2/'
 
 # -- prepare ---------------------------------------------------------------------------------------
 

@@ -25,14 +25,15 @@ COMMITTER = {
     "GIT_COMMITTER_NAME": "turbo-eval",
     "GIT_COMMITTER_EMAIL": "turbo-eval@localhost",
 }
-# -b keeps "[tag]" at the start of a subject; scissors and CR handling must not eat content.
+# Subjects as they are, without "[PATCH]" put on and taken off: git's cleaning eats "[tag] :".
+# Scissors and CR handling must not eat content either.
 AM = (
-    *("am", "--quiet", "--committer-date-is-author-date", "--keep-non-patch", "--keep-cr"),
+    *("am", "--quiet", "--committer-date-is-author-date", "--keep", "--keep-cr"),
     *("--no-scissors", "--whitespace=nowarn", "--no-gpg-sign"),
 )
 EXPORT = (
     *("format-patch", "--stdout", "--zero-commit", "--full-index", "--binary", "--no-signature"),
-    *("--no-stat", "--no-numbered", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
+    *("--no-stat", "--keep-subject", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
 )
 BESIDE = {"series", "README.md"}
 
@@ -205,6 +206,11 @@ def refresh() -> list[str]:
             raise RegressionError(
                 f"{failed.name} was written, but does not apply again",
                 "run `turbo-eval patches check` and look at that commit for mixed line ends",
+            )
+        if _export(scratch, pin) != exported:
+            raise RegressionError(
+                "the series was written, but applied again it exports differently",
+                "run `turbo-eval patches check`, which says where",
             )
         commit = git("rev-parse", "HEAD", cwd=scratch).strip()
     _move_worktree(worktree, commit)
