@@ -30,7 +30,8 @@ from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.package_index import RemoteFile
 from turbo_eval.paths import cache_dir
 
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # of files
+BLOCK = 1 << 16  # of connections: what is lost when one breaks
 ATTEMPTS = 4
 
 OnBytes = Callable[
@@ -159,6 +160,17 @@ def file_sha256(path: Path) -> str:
     return value
 
 
+class _Meter:
+    """Turns positions in a file into steps of a progress bar."""
+
+    def __init__(self, on_bytes: OnBytes) -> None:
+        self._on_bytes, self._position = on_bytes, 0
+
+    def at(self, position: int) -> None:
+        self._on_bytes(position - self._position)
+        self._position = position
+
+
 def fetch(remote: RemoteFile, target: Path, *, on_bytes: OnBytes = lambda _: None) -> Path:
     """Download `remote` to `target`, picking up a partial file of an earlier try.
 
@@ -171,13 +183,13 @@ def fetch(remote: RemoteFile, target: Path, *, on_bytes: OnBytes = lambda _: Non
     """
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    resumed = False
+    meter, resumed = _Meter(on_bytes), False
     failure: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(min(2**attempt, 8) * 0.25)
         try:
-            resumed = _transfer(remote, part, on_bytes) or resumed
+            resumed = _transfer(remote, part, meter) or resumed
         except (httpx2.TransportError, httpx2.StreamError) as error:
             failure = error
             continue
@@ -186,7 +198,7 @@ def fetch(remote: RemoteFile, target: Path, *, on_bytes: OnBytes = lambda _: Non
             part.replace(target)
             FileMemory().remember(target, sha256=actual)
             return target
-        on_bytes(-part.stat().st_size)
+        meter.at(0)
         part.unlink()
         if not resumed:
             raise HashMismatch(
@@ -200,7 +212,7 @@ def fetch(remote: RemoteFile, target: Path, *, on_bytes: OnBytes = lambda _: Non
     ) from failure
 
 
-def _transfer(remote: RemoteFile, part: Path, on_bytes: OnBytes) -> bool:
+def _transfer(remote: RemoteFile, part: Path, meter: _Meter) -> bool:
     """Append what is missing to `part`; whether anything of it was there before."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}
@@ -209,7 +221,7 @@ def _transfer(remote: RemoteFile, part: Path, on_bytes: OnBytes) -> bool:
     with package_index.client().get_stream(remote.url, headers=headers) as response:
         if response.status_code == 416:  # the partial file is complete, or longer than the whole
             if f"/{have}" in response.headers.get("Content-Range", ""):
-                on_bytes(have)
+                meter.at(have)
                 return True
             part.unlink()
             raise httpx2.ReadError("partial file does not fit, starting over")
@@ -221,14 +233,13 @@ def _transfer(remote: RemoteFile, part: Path, on_bytes: OnBytes) -> bool:
         resuming = response.status_code == 206 and have > 0
         length = int(response.headers.get("Content-Length", 0))
         require_space(part.parent, length)
-        if resuming:
-            on_bytes(have)
-        got = 0
+        start = have if resuming else 0
+        position = start
         with part.open("ab" if resuming else "wb") as stream:
-            for block in response.iter_bytes(CHUNK):
+            for block in response.iter_bytes(BLOCK):
                 stream.write(block)
-                got += len(block)
-                on_bytes(len(block))
-        if length and got < length:
-            raise httpx2.ReadError(f"connection closed after {got} of {length} bytes")
+                position += len(block)
+                meter.at(position)
+        if length and position - start < length:
+            raise httpx2.ReadError(f"connection closed after {position - start} of {length} bytes")
         return resuming
