@@ -39,7 +39,7 @@ def forget() -> None:
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TURBO_EVAL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    monkeypatch.setattr("turbo_eval.download.time.sleep", lambda _: None)
     forget()
     yield
     forget()

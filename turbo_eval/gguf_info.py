@@ -79,8 +79,8 @@ class _Header:
             dims = [self._one("Q") for _ in range(self._one("I"))]
             kind, offset = self._one("I"), self._one("Q")
             self.data_end = max(self.data_end, offset + _tensor_bytes(kind, dims))
-        start = -(-stream.tell() // alignment) * alignment
-        self.data_end += start
+        if tensors:
+            self.data_end += -(-stream.tell() // alignment) * alignment
 
     def _one(self, code: str) -> int:
         return int(self._scalar(code))
@@ -183,10 +183,11 @@ def _describe(path: Path, header: _Header) -> GgufInfo:
     heads, width = number("attention.head_count"), number("embedding_length")
     head_dim = width // heads if heads else 0
     tokens = fields.get("tokenizer.ggml.tokens")
+    stated = fields.get("general.file_type")
     try:
-        file_type = LlamaFileType(fields.get("general.file_type")).name
+        file_type = LlamaFileType(stated).name if isinstance(stated, int) else "not stated"
     except ValueError:
-        file_type = f"file type {fields.get('general.file_type')}"
+        file_type = f"file type {stated}"
     return GgufInfo(
         arch=arch,
         name=str(fields.get("general.name", path.stem)),

@@ -330,11 +330,19 @@ def _require_source() -> None:
 def _is_worktree(folder: Path) -> bool:
     if not (folder / ".git").is_file():
         return False
-    try:
-        top = git("rev-parse", "--show-toplevel", cwd=folder).strip()
-    except GitError:
-        return False  # e.g. the clone was moved: the link points nowhere
-    return Path(top).resolve() == folder.resolve()
+    for last in (False, True):
+        try:
+            top = git("rev-parse", "--show-toplevel", cwd=folder).strip()
+            return Path(top).resolve() == folder.resolve()
+        except GitError:
+            # The clone was moved and the two no longer find each other; there may be edits in it.
+            if last or not paths.submodule_dir().is_dir():
+                return False
+            try:
+                git("worktree", "repair", str(folder), cwd=paths.submodule_dir())
+            except GitError:
+                return False
+    return False
 
 
 def _stopped(worktree: Path) -> bool:
