@@ -19,6 +19,11 @@ COMMANDS: tuple[str, ...] = (
     *("plan", "sweep", "table", "gate"),
 )
 
+# What a full, read-only or wrongly named disk answers; anything else is a bug and shows itself.
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+}
+
 app = typer.Typer(
     name="turbo-eval",
     no_args_is_help=True,
@@ -75,10 +80,11 @@ def main() -> None:
     except TurboEvalError as error:
         _fail(error, error.sentence(), error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _DISK:
             raise
         place = error.filename or "the disk"
-        _fail(error, f"cannot write {place} ({error.strerror}); free space or set TURBO_EVAL_CACHE.", 4)
+        step = "free space, or set TURBO_EVAL_CACHE or TURBO_EVAL_RESULTS to another place"
+        _fail(error, f"{place} cannot be used ({error.strerror}); {step}.", 4)
 
 
 def _fail(error: BaseException, sentence: str, code: int) -> NoReturn:
