@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests import toy as toys
-from turbo_eval import paths, source
-from turbo_eval.errors import TurboEvalError, UsageError
+from turbo_eval import paths
+from turbo_eval.build import find_build
+from turbo_eval.errors import EnvironmentProblem, TurboEvalError, UsageError
 
 
 def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -91,8 +92,10 @@ def test_doctor_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.build
 def test_doctor_finds_the_bindings_on_our_library() -> None:
-    if not source.state().head:
-        pytest.skip("run `make build-cpu` first")
+    try:
+        find_build("cpu")
+    except EnvironmentProblem as error:
+        pytest.skip(error.sentence())
     findings = {(item["section"], item["name"]): item for item in json.loads(call("doctor", "--json").stdout)}
     loaded = findings["bindings", "llama-cpp-python"]
     assert loaded["ok"], loaded
