@@ -72,7 +72,7 @@ class SweepSpec(_Strict):
         ctx: context lengths in tokens.
         chunks: chunks of `ctx` tokens, from the start of the corpus.
         ubatch: physical batch in tokens.
-        anchor: "auto", "off" or a file for --kv-anchor; None: "auto" where the build has it.
+        anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
         threads: CPU threads; None: all cores.
         timeout: seconds a cell may take; None: no limit.
     """

@@ -36,8 +36,11 @@ def judge_state(cell: Cell, effective: Effective) -> Verdict | None:
         return "state-mismatch", f"flash attention is {'on' if effective.flash_attn else 'off'}"
     if effective.ctx is not None and effective.ctx < cell.ctx:
         return "state-mismatch", f"the context is {effective.ctx} tokens, asked for were {cell.ctx}"
-    if cell.anchor == "off" and effective.anchor not in (None, "off", "none", "disabled", "0"):
+    anchor = (effective.anchor or "").split(" ")[0]
+    if cell.anchor == "off" and anchor == "on":
         return "state-mismatch", f"the K anchor was to be off but is {effective.anchor}"
+    if cell.anchor not in ("off", "auto") and anchor != "on":
+        return "state-mismatch", f"the K anchor was to be {cell.anchor} but is {anchor or 'not reported'}"
     if effective.config_files:
         return "state-mismatch", f"llama.cpp also read options from {effective.config_files[0]}"
     return _judge_device(cell, effective)

@@ -27,7 +27,9 @@ _N_CTX_SEQ = re.compile(r"^llama_context: n_ctx_seq\s*=\s*(\d+)", re.M)
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _SPLITS = re.compile(r"graph\S*: nodes = .*?, splits = (.*?)(?:, input|$)", re.M)
 _DEVICE = re.compile(r"using device (\S+) \((.+?)\)")
-_ANCHOR = re.compile(r"kv[_-]anchor\s*[=:]\s*([\w.-]+)")
+# kv_anchor: auto -> on (anchor: 12/28 layers, …, K types: turbo4 x28, 4.250 bits per K value)
+_ANCHOR = re.compile(r"^kv_anchor: (?:.* -> )?((?:on|off)\b.*)$", re.M)
+_ANCHOR_BITS = re.compile(r"([\d.]+) bits per K value")
 _CONFIG_FILE = re.compile(r"^using config file: (.+)$", re.M)
 
 _TOTAL = re.compile(r"over (\d+) chunks, n_ctx=(\d+)")
@@ -69,6 +71,7 @@ def parse_effective(text: str) -> Effective:
     ubatch = _UBATCH.search(text)
     n_ctx = _N_CTX_SEQ.search(text)
     anchors = _ANCHOR.findall(text)
+    bits = _ANCHOR_BITS.findall(anchors[-1]) if anchors else []
     return Effective(
         k="+".join(dict.fromkeys(c[3] for c in caches)) or None,
         v="+".join(dict.fromkeys(c[5] for c in caches)) or None,
@@ -81,6 +84,7 @@ def parse_effective(text: str) -> Effective:
         rot_v=rot.get("v"),
         flash_attn=_flash_state(flash, flash_auto),
         anchor=anchors[-1] if anchors else None,
+        k_bits=float(bits[-1]) if bits else None,
         ctx=int(n_ctx[1]) if n_ctx else None,
         ubatch=int(ubatch[1]) if ubatch else None,
         devices=tuple(dict.fromkeys(f"{name} ({what})" for name, what in _DEVICE.findall(text))),

@@ -12,7 +12,7 @@ from typing import Any
 from turbo_eval.build import Build
 from turbo_eval.cache_types import cache_type
 from turbo_eval.config import METRICS, Metric, SweepSpec
-from turbo_eval.corpora import CorpusFile, resolve_corpus
+from turbo_eval.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.errors import UsageError
 from turbo_eval.models import ModelFile, resolve_model
 from turbo_eval.record import Cell, Record
@@ -51,7 +51,8 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
             that cannot hold the context, an anchor that isn't there, a missing or broken model.
     """
     check_types(build, spec.pairs)
-    corpus = resolve_corpus(spec.corpus, download=download)
+    name = default_name() if spec.corpus == "default" else spec.corpus
+    corpus = resolve_corpus(name, download=download)
     for ctx in spec.ctx:
         # A token is at least one byte (a BOS may come on top), so this is certain without a tokenizer.
         if corpus.size + 1 < 2 * ctx:
@@ -111,6 +112,9 @@ def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
             )
 
 
+_ANCHOR_MODES = ("auto", "on", "off")
+
+
 def _anchors(spec: SweepSpec, build: Build) -> tuple[str, ...]:
     able = capabilities(build).kv_anchor
     if spec.anchor is None:
@@ -121,8 +125,8 @@ def _anchors(spec: SweepSpec, build: Build) -> tuple[str, ...]:
                 f"the build in {build.bin_dir} has no --kv-anchor, so anchor {anchor!r} cannot be run",
                 'use anchor "off" or the patched build',
             )
-        if anchor not in ("auto", "off") and not Path(anchor).is_file():
-            raise UsageError(f"anchor {anchor!r} is neither auto, off nor a file", "make the file first")
+        if anchor not in _ANCHOR_MODES and not Path(anchor).is_file():
+            raise UsageError(f"anchor {anchor!r} is neither auto, on, off nor a file", "make the file first")
     return spec.anchor
 
 
@@ -138,7 +142,7 @@ def _cell(
     build: Build,
     env: dict[str, str],
 ) -> Cell:
-    in_file = anchor not in ("auto", "off")
+    in_file = anchor not in _ANCHOR_MODES
     options: dict[str, Any] = {}
     chunks, ubatch = spec.chunks, min(spec.ubatch, ctx)
     if metric == "decode":

@@ -104,7 +104,8 @@ class Effective(_Frozen):
 
     `k`, `v` are ggml type names, joined by "+" if several caches differ. Sizes in MiB for the
     whole cache of `ctx` tokens. `graph_splits` is the scheduler's: a GPU run whose attention
-    stays on the GPU has a handful, one that falls back has at least one a layer.
+    stays on the GPU has a handful, one that falls back has at least one a layer. `anchor` is "off" or
+    "on (…)" as printed; `k_bits` the mean bits per K value where the anchor mixes types over layers.
     """
 
     k: str | None = None
@@ -118,6 +119,7 @@ class Effective(_Frozen):
     rot_v: bool | None = None
     flash_attn: bool | None = None
     anchor: str | None = None
+    k_bits: float | None = None
     ctx: int | None = None
     ubatch: int | None = None
     devices: tuple[str, ...] = ()
@@ -228,6 +230,16 @@ class Record(_Frozen):
     def machine(self) -> str:
         return self.provenance.machine.id
 
+    @property
+    def bpv_k(self) -> float:
+        """Bits per K value: as run where llama.cpp says so, else the type's."""
+        return self.effective.k_bits or cache_type(self.cell.k).bpv
+
+    @property
+    def bpv_v(self) -> float:
+        """Bits per V value."""
+        return cache_type(self.cell.v).bpv
+
     def row(self) -> dict[str, Any]:
         """One flat mapping of the fields that tables and scripts use."""
         cell = self.cell
@@ -247,8 +259,8 @@ class Record(_Frozen):
             "detail": self.detail,
             "ppl": self.ppl,
             "ppl_err": self.ppl_err,
-            "bpv_k": cache_type(cell.k).bpv,
-            "bpv_v": cache_type(cell.v).bpv,
+            "bpv_k": self.bpv_k,
+            "bpv_v": self.bpv_v,
             "kv_mib": self.effective.kv_mib,
             "effective_k": self.effective.k,
             "effective_v": self.effective.v,

@@ -45,7 +45,7 @@ class Summary:
 
     @property
     def bpv_k(self) -> float:
-        return cache_type(self.k).bpv
+        return next((r.bpv_k for r in self.records if r.effective.k_bits), cache_type(self.k).bpv)
 
     @property
     def bpv_v(self) -> float:
@@ -251,35 +251,49 @@ def format_value(column: str, value: Any) -> str:
 _COMMON = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "machine", "tree")
 
 
-def _for_people(frame: pd.DataFrame) -> tuple[str, list[str], list[list[str]]]:
+def _for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, list[str], list[list[str]]]:
     """(caption, column names, rows of text): what all rows share moves into the caption, and
     columns that belong together are joined."""
     same = [c for c in _COMMON if c in frame.columns and frame[c].nunique(dropna=False) == 1]
     caption = ", ".join(f"{c} {frame[c].iloc[0]}" for c in same)
-    columns = [c for c in frame.columns if c not in same and c not in _JOINED and c != "detail"]
+    columns = [c for c in frame.columns if c not in (*same, *_JOINED, *without) and c != "detail"]
     rows = []
     for _, line in frame.iterrows():
         texts = {c: format_value(c, line[c]) for c in frame.columns}
         texts["bpv K"] = f"{texts['bpv K']}/{texts['bpv V']}"
         for c in ("PPL", "KLD"):
-            if c in texts and texts.get(f"± {c}", "–") != "–":
+            if texts.get(f"± {c}", "–") != "–" and f"± {c}" not in without:
                 texts[c] += f" ± {texts[f'± {c}']}"
         rows.append([texts[c] for c in columns])
     return caption, [_HEADINGS.get(c, c) for c in columns], rows
 
 
+def _natural_width(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
+    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
+    return sum(widths) + 2 * len(widths) + 2
+
+
+_DISPENSABLE = ("KLD 99 %", "± KLD", "× smaller", "KV MiB", "± PPL", "corpus", "needle", "decode Δ %")
 _JOINED = ("bpv V", "± PPL", "± KLD")
 _HEADINGS = {"bpv K": "bpv"}
 
 
-def render_rich(rows: Sequence[Summary]) -> Group:
-    """The table for a terminal, failures explained below it."""
+def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
+    """The table for a terminal of `width` columns (0: any), failures explained below it.
+
+    What doesn't fit is left out, least telling first; the other formats hold everything.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    caption, columns, lines = _for_people(to_frame(rows))
+    frame = to_frame(rows)
+    caption, columns, lines = _for_people(frame)
+    for end in range(1, len(_DISPENSABLE) + 1):
+        if not width or _natural_width(columns, lines) <= width:
+            break
+        caption, columns, lines = _for_people(frame, _DISPENSABLE[:end])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         left = column in ("K", "V", "status", *_COMMON)

@@ -39,7 +39,7 @@ UBatch = Annotated[
 ]
 Anchor = Annotated[
     str | None,
-    typer.Option(help="K anchor: auto, off or a file; comma-separated.", show_default=False),
+    typer.Option(help="K anchor: auto, on, off or a file; comma-separated.", show_default=False),
 ]
 Backend = Annotated[str | None, typer.Option(help="cpu, metal or cuda.", show_default=False)]
 Threads = Annotated[

@@ -54,7 +54,7 @@ def sweep(
     from turbo_eval.provenance import collect
     from turbo_eval.store import Store
     from turbo_eval.sweep import run_sweep
-    from turbo_eval.table import json_rows, render_rich, summarize
+    from turbo_eval.table import by_setting, json_rows, render_rich, summarize
 
     spec = o.load_spec(
         config,
@@ -89,7 +89,9 @@ def sweep(
     else:
         from rich.console import Console
 
-        Console().print(render_rich(rows))
+        console = Console()
+        for _, group in by_setting(rows):
+            console.print(render_rich(group, console.width))
     failed = [r for r in result.records if not r.ok]
     for record in failed:
         print(

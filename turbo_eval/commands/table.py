@@ -53,7 +53,7 @@ def table(
 
         console = Console()
         for _, group in tables.by_setting(rows):
-            console.print(tables.render_rich(group))
+            console.print(tables.render_rich(group, console.width))
     elif form is Format.markdown:
         print("\n".join(tables.render_markdown(group) for _, group in tables.by_setting(rows)), end="")
     elif form is Format.csv:

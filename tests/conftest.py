@@ -1,0 +1,41 @@
+"""Fixtures that several test modules share: real binaries, a real model, real text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from turbo_eval.build import Build, find_build
+from turbo_eval.corpora import CorpusFile, default_name, resolve_corpus
+from turbo_eval.errors import TurboEvalError
+from turbo_eval.models import ModelFile, resolve_model
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """The CPU build, or the one that TURBO_EVAL_TEST_BIN names."""
+    foreign = os.environ.get("TURBO_EVAL_TEST_BIN")
+    try:
+        return Build.from_bin_dir(Path(foreign)) if foreign else find_build("cpu")
+    except TurboEvalError as error:
+        pytest.skip(error.sentence())
+
+
+@pytest.fixture(scope="session")
+def smollm() -> ModelFile:
+    """SmolLM2-135M, downloaded if it isn't here."""
+    try:
+        return resolve_model("smollm2-135m")
+    except TurboEvalError as error:
+        pytest.skip(error.sentence())
+
+
+@pytest.fixture(scope="session")
+def prose() -> CorpusFile:
+    """The default corpus, downloaded if it isn't here."""
+    try:
+        return resolve_corpus(default_name())
+    except TurboEvalError as error:
+        pytest.skip(error.sentence())

@@ -1,0 +1,70 @@
+"""Run the command line as a user does, and put a faulty llama-perplexity in front of the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Cli:
+    """turbo-eval with fixed --results and --bin-dir; one thread, so that busy machines stay quick."""
+
+    results: Path
+    bin_dir: Path
+    cache: Path | None = None
+
+    def command(self, *args: str | Path) -> list[str]:
+        return [sys.executable, "-m", "turbo_eval", *map(str, args)]
+
+    def env(self, extra: dict[str, str] | None = None) -> dict[str, str]:
+        return {**os.environ, "COLUMNS": "200", **(extra or {})}
+
+    def run(self, *args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*args), capture_output=True, text=True, env=self.env(env), timeout=600
+        )
+
+    def sweep_args(self, *args: str | Path, bin_dir: Path | None = None) -> list[str | Path]:
+        place: list[str | Path] = [
+            "--bin-dir",
+            bin_dir or self.bin_dir,
+            "--results",
+            self.results,
+            "--threads",
+            "1",
+        ]
+        return ["sweep", *args, *place]
+
+    def sweep(
+        self, *args: str | Path, bin_dir: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run(*self.sweep_args(*args, bin_dir=bin_dir), env=env)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every record under the results folder, as JSON."""
+        return [json.loads(p.read_text()) for p in sorted(self.results.rglob("*.json"))]
+
+
+QUICK = ("--chunks", "1", "--ctx", "64")
+
+
+def faulty(folder: Path, real: Path, rule: str) -> Path:
+    """A bin folder whose llama-perplexity runs `rule` (shell, the arguments in "$@") and then
+    becomes the real one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tool = folder / "llama-perplexity"
+    tool.write_text(f'#!/bin/bash\nREAL={real / "llama-perplexity"}\n{rule}\nexec "$REAL" "$@"\n')
+    tool.chmod(0o755)
+    return folder
+
+
+def one_sentence(text: str) -> bool:
+    """The message is a single line from turbo-eval and no traceback."""
+    lines = [line for line in text.splitlines() if line.startswith("turbo-eval: ")]
+    return len(lines) == 1 and "Traceback" not in text
