@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 source: $(VENV)/.installed ## fill llama.cpp/ at the pin (from upstream, else from the package index)
-	@$(RUN) source
+	@$(RUN) source --quiet
 
 build-cpu build-metal build-cuda: build-%: setup ## build one backend into build/BACKEND/bin
 	@$(RUN) build $* $(if $(JOBS),--jobs $(JOBS)) $(if $(CUDA_ARCHS),--cuda-archs '$(CUDA_ARCHS)')

@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
         sdist_path: bool = typer.Option(
             False, "--sdist-path", help="Only download and verify that sdist, and print where it lies."
         ),
+        quiet: bool = typer.Option(False, "--quiet", "-q", help="Say nothing when it was here already."),
     ) -> None:
         """Fill llama.cpp/ with upstream at the pinned commit.
 
@@ -30,6 +31,8 @@ def register(app: typer.Typer) -> None:
             print(source.ensure_sdist())
             return
         route = source.ensure_source(offline_route=sdist)
+        if quiet and route == "present":
+            return
         origin = {
             "present": "was here already",
             "upstream": "came from upstream's git server",
