@@ -127,6 +127,16 @@ def test_metal_needs_macos(monkeypatch: pytest.MonkeyPatch) -> None:
         builds.options("metal")
 
 
+def test_cuda_needs_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(key, raising=False)
+    (tmp_path / "c++").symlink_to(shutil.which("c++") or "/usr/bin/c++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain, "NVCC_BY_DEFAULT", tmp_path / "nvcc")
+    with pytest.raises(EnvironmentProblem, match="the CUDA build needs nvcc"):
+        builds.options("cuda")
+
+
 def test_cuda_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")

@@ -17,6 +17,7 @@ from turbo_eval.errors import EnvironmentProblem
 
 # cmake: `--fresh` and CUDA's "native" architecture came with 3.24.
 MINIMUM = {"cmake": (3, 24), "ninja": (1, 10)}
+NVCC_BY_DEFAULT = Path("/usr/local/cuda/bin/nvcc")  # where the toolkit's installer puts it
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def nvcc() -> Tool:
     """
     places = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
     places += [f"{home}/bin/nvcc" for key in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(key))]
-    places.append("/usr/local/cuda/bin/nvcc")
+    places.append(str(NVCC_BY_DEFAULT))
     for place in places:
         if not place or not Path(place).is_file():
             continue
