@@ -347,8 +347,8 @@ def _first_error(log: Path) -> str:
     hits = [index for index, line in enumerate(lines) if any(mark in line for mark in marks)]
     if not hits:
         return lines[-1].strip() if lines else "it said nothing"
-    # "CMake Error at file:line (command):" is followed by the message itself
-    text = " ".join(
-        line.strip() for line in lines[hits[0] : hits[0] + (3 if "CMake" in lines[hits[0]] else 1)]
-    )
+    first = hits[0]
+    # "CMake Error at file:line (command):" is followed by the message itself, in paragraphs
+    block = lines[first : first + (8 if "CMake" in lines[first] else 1)]
+    text = " ".join(line.strip() for line in block if line.strip())
     return text[:300]

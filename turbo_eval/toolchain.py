@@ -30,9 +30,9 @@ class Tool:
 
 
 def _candidates(name: str) -> list[Path]:
-    found = shutil.which(name)
+    on_path = shutil.which(name)
     beside_python = Path(sys.executable).parent / name
-    return [Path(found)] * bool(found) + [beside_python] * beside_python.is_file()
+    return [Path(place) for place in (on_path, beside_python) if place and Path(place).is_file()]
 
 
 def first_line(path: Path) -> str:
