@@ -285,7 +285,16 @@ def _configure(
         shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(compiler)
-    command = [cmake, "-S", worktree, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command: list[str | Path] = [
+        cmake,
+        "-S",
+        worktree,
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+    ]
     command += [f"-D{key}={value}" for key, value in chosen.items()]
     with log.open("wb") as stream:
         code = subprocess.run(
@@ -298,7 +307,7 @@ def _configure(
 def _compile(
     ninja: Path, folder: Path, targets: Sequence[str], jobs: int, log: Path, console: Console, backend: str
 ) -> None:
-    command = [ninja, "-C", folder, f"-j{jobs}", *targets]
+    command: list[str | Path] = [ninja, "-C", folder, f"-j{jobs}", *targets]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
