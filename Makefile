@@ -33,8 +33,6 @@ $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "setup: Python 3.11 or newer is needed; install it or set PYTHON=" >&2; exit 4; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing packages into $(VENV)"
-	@# a distribution's pip may be too old to hand its certificates on to the builds it starts
-	@$(BIN)/python -m pip install -q --upgrade pip
 	@$(BIN)/pip install -q -e '.[dev]'
 	@# cmake and ninja come as packages where the system has none, or too old ones
 	@$(BIN)/python -m turbo_eval.toolchain || $(BIN)/pip install -q -e '.[toolchain]'
