@@ -1,0 +1,59 @@
+"""`turbo-eval codebooks`: the frozen tables, their error, and how they come about."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("codebooks")(codebooks)
+
+
+def codebooks(
+    derive: Annotated[
+        bool, typer.Option("--derive", help="Derive both from evenly spaced levels again (a minute or two).")
+    ] = False,
+) -> None:
+    """Codebooks of turbo3 and turbo4, their MSE on unit Gaussians and the limits they stand against.
+
+    [bold]Example[/bold]  turbo-eval codebooks --derive
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from turbo_eval.codebooks import CODEBOOKS, encode, gaussians, mse
+    from turbo_eval.codebooks import derive as derive_codebook
+    from turbo_eval.errors import RegressionError
+
+    table = Table("type", "bpv", "magnitudes", "MSE (2^20 unit Gaussians)", "rate-distortion limit")
+    if derive:
+        table.add_column("derived")
+    x = gaussians(2**20, seed=7, octave=False)
+    moved = []
+    for book in CODEBOOKS:
+        levels = np.array(book.magnitudes, dtype=np.float64)
+        row = [
+            book.name,
+            f"{book.bits}",
+            " ".join(map(str, book.magnitudes)),
+            f"{mse(x, encode(x, levels, book.rms1)):.5f}",
+            f"{4**-book.bits:.5f}",
+        ]
+        if derive:
+            derived = derive_codebook(book)
+            row.append(" ".join(map(str, derived)))
+            if any(
+                abs(a / derived[-1] - b / levels[-1]) > 0.02 for a, b in zip(derived, levels, strict=True)
+            ):
+                moved.append(book.name)
+        table.add_row(*row)
+    Console().print(table)
+    if moved:
+        raise RegressionError(
+            f"the derivation of {', '.join(moved)} no longer gives the frozen codebook",
+            "compare turbo_eval/codebooks.py with the encoder in build/src/ggml/src/ggml-turbo-impl.h",
+        )
