@@ -16,7 +16,7 @@ from turbo_eval.errors import TurboEvalError
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
     *("doctor", "source", "patches", "build", "models", "corpora"),
-    *("plan", "sweep", "table", "gate"),
+    *("plan", "sweep", "table", "gate", "show"),
 )
 
 # What a full, read-only or wrongly named disk answers; anything else is a bug and shows itself.

@@ -79,6 +79,10 @@ def judge_numbers(cell: Cell, text: str, result: parse.PplText) -> Verdict | Non
         return "no-result", parse.last_error(text) or "it ended without a final estimate"
     if not finite(result.ppl) or not finite(result.ppl_err):
         return "nan", f"the final estimate is {result.ppl} ± {result.ppl_err}"
+    if result.kld is not None:
+        odd = [name for name, value in result.kld if value is not None and not finite(value)]
+        if odd:
+            return "nan", f"KL statistics are not finite: {', '.join(odd)}"
     if result.chunks is not None and result.chunks < cell.chunks:
         return "short-corpus", f"{cell.corpus} holds {result.chunks} of {cell.chunks} chunks"
     if len(result.running) != cell.chunks:

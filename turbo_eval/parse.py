@@ -6,6 +6,7 @@ src/llama-context.cpp at the pin, with log prefixes, timestamps and colours off 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -126,7 +127,7 @@ def parse_ppl(text: str) -> PplText:
 
 def parse_kld(text: str) -> Kld | None:
     """The statistics block of a --kl-divergence run; None if it isn't there in full."""
-    values: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     for name, label in (
         ("mean", r"Mean\s+KLD"),
         ("ppl_base", r"Mean PPL\(base\)"),
@@ -138,7 +139,8 @@ def parse_kld(text: str) -> Kld | None:
         found = _stat(text, label)
         if found is None:
             return None
-        values[name], values[f"{name}_err"] = found
+        values[name] = found[0]
+        values[f"{name}_err"] = found[1] if math.isfinite(found[1]) else None
     for name, label in (
         ("median", r"Median\s+KLD"),
         ("p90", r"90\.0%\s+KLD"),
@@ -150,7 +152,7 @@ def parse_kld(text: str) -> Kld | None:
         if one is None:
             return None
         values[name] = float(one[1])
-    return Kld(**values)
+    return Kld.model_validate(values)
 
 
 def _stat(text: str, label: str) -> tuple[float, float] | None:

@@ -132,27 +132,30 @@ class Effective(_Frozen):
 class Kld(_Frozen):
     """KL divergence from the f16/f16 run, in nats, and its companions; `_err` standard errors.
 
+    An error is None where llama-perplexity prints nan: two runs so alike that its variance of their
+    difference rounds below zero.
+
     `ratio` is PPL/PPL(base) with its paired uncertainty, `same_top_pct` how often both rank the
     same token first, `rms_dp_pct` the RMS change of the true token's probability, in percent.
     """
 
     mean: float
-    mean_err: float
+    mean_err: float | None
     median: float
     p90: float
     p99: float
     p999: float
     max: float
     ppl_base: float
-    ppl_base_err: float
+    ppl_base_err: float | None
     ln_ratio: float
-    ln_ratio_err: float
+    ln_ratio_err: float | None
     ratio: float
-    ratio_err: float
+    ratio_err: float | None
     rms_dp_pct: float
-    rms_dp_pct_err: float
+    rms_dp_pct_err: float | None
     same_top_pct: float
-    same_top_pct_err: float
+    same_top_pct_err: float | None
 
 
 class Decode(_Frozen):

@@ -162,7 +162,8 @@ class BaseLogits:
                     "free some space or use fewer chunks",
                 )
             note: dict[str, Any] = {"key": cell.key(), "sha256": _sha256(scratch), "bytes": size}
-            note |= {"cell": cell.model_dump(mode="json"), "argv": argv, "ppl": record.ppl}
+            final = [str(path) if a == str(scratch) else a for a in argv]
+            note |= {"cell": cell.model_dump(mode="json"), "argv": final, "ppl": record.ppl}
             with writing(path):
                 path.with_suffix(".json").write_text(json.dumps(note, indent=1), encoding="utf-8")
                 scratch.replace(path)

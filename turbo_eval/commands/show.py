@@ -1,0 +1,94 @@
+"""turbo-eval show: one record in full, and the command that reproduces it by hand."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turbo_eval.commands import options as o
+
+if TYPE_CHECKING:
+    from turbo_eval.record import Record
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Print a record and the command that reproduces it by hand.
+
+        KEY is the hexadecimal end of a record's file name (the first digits do).
+
+          turbo-eval show 3f2a
+        """
+    )(show)
+
+
+def show(
+    key: Annotated[str, typer.Argument(help="Key of the record, or its first digits.")],
+    results: o.Results = None,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from turbo_eval.errors import UsageError
+    from turbo_eval.paths import results_dir
+    from turbo_eval.record import read_record
+    from turbo_eval.store import record_files
+
+    root = results or results_dir()
+    files = [p for p in record_files([root]) if p.name.split(".")[-2].startswith(key)]
+    if not files:
+        raise UsageError(
+            f"no record under {root} has a key that starts with {key}", "see `turbo-eval results list`"
+        )
+    if len(files) > 1:
+        names = ", ".join(p.name.split(".")[-2] for p in files[:5])
+        raise UsageError(f"{len(files)} records have keys that start with {key}: {names}", "give more digits")
+    record = read_record(files[0])
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _lines(record.model_dump(mode="json", exclude={"run": {"argv"}})):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+    print("\nby hand:\n")
+    if record.cell.metric == "kld":
+        _print_base_command(record)
+    print(command(record.run.argv, record.run.env, record.run.env_removed))
+
+
+def _print_base_command(record: Record) -> None:
+    """The f16/f16 run comes first; its log-probabilities may have left the cache since."""
+    import json
+
+    from turbo_eval.metrics.base_logits import BaseLogits
+
+    path = BaseLogits.default().path(record.cell, record.machine)
+    try:
+        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        argv = tuple(str(a) for a in note["argv"])
+    except (OSError, ValueError, KeyError):
+        print("# its base logits have left the cache; `turbo-eval sweep` with --fresh makes them again\n")
+        return
+    print(command(argv, record.run.env, record.run.env_removed) + "\n")
+
+
+def command(argv: tuple[str, ...], env: dict[str, str], removed: tuple[str, ...]) -> str:
+    """The shell command line of a run, its environment included."""
+    settings = ["LC_ALL=C", *(f"{name}={shlex.quote(value)}" for name, value in env.items())]
+    unset = " ".join(f"-u {name}" for name in removed)
+    return " ".join([*(["env", unset] if unset else ["env"]), *settings, shlex.join(argv)])
+
+
+def _lines(data: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted names."""
+    lines: list[tuple[str, str]] = []
+    for name, value in data.items():
+        if isinstance(value, dict) and value:
+            lines += _lines(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            lines.append((prefix + name, " ".join(map(str, value))))
+        elif value not in (None, {}, ""):
+            lines.append((prefix + name, str(value)))
+    return lines
