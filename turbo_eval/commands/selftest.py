@@ -1,0 +1,60 @@
+"""turbo-eval selftest: codebooks, layout, rotation and attention of a build, one line each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from turbo_eval.commands import options as o
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Check a build's turbo types and kernels against references that share no code with it.
+
+        The first thing to run on new hardware; below a minute on a CPU, no model needed. Exit code
+        0: all passed; 1: something is wrong, its line says what; 4: no such build or device.
+
+          turbo-eval selftest
+
+          turbo-eval selftest --backend cuda --failures
+        """
+    )(selftest)
+
+
+def selftest(
+    backend: Annotated[str, typer.Option(help="cpu, metal or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="A ggml device by name, e.g. CUDA1, if not the backend's first.")
+    ] = "",
+    only: Annotated[str, typer.Option(help="Only checks with this in their name, e.g. turbo4.")] = "",
+    failures: Annotated[bool, typer.Option("--failures", help="Print failing lines only.")] = False,
+    bin_dir: o.BinDir = None,
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from turbo_eval.build import BACKENDS
+    from turbo_eval.errors import UsageError
+    from turbo_eval.selftest import Selftest
+    from turbo_eval.selftest.checks import all_checks
+
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend}", f"choose one of {', '.join(BACKENDS)}")
+    names = [name for name in all_checks() if only in name]
+    if not names:
+        raise UsageError(f"no check has {only!r} in its name", "run `turbo-eval selftest` to see them")
+    console = Console(soft_wrap=True, highlight=False)
+    words = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]none[/dim]"}
+    counts = {True: 0, False: 0, None: 0}
+    test = Selftest(o.load_build(backend, bin_dir), backend, device)
+    width = max(map(len, names))
+    for line in test.run(names):
+        counts[line.ok] += 1
+        if line.ok is False or not failures:
+            console.print(f"{words[line.ok]}  {line.name:{width}}  {escape(line.detail)}")
+    refused = f", {counts[None]} pairs not offered by the device" if counts[None] else ""
+    console.print(f"{counts[True]} passed, {counts[False]} failed{refused}; {escape(test.device)}")
+    if counts[False]:
+        raise typer.Exit(1)
