@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -83,6 +84,33 @@ void on_segv(int, siginfo_t * si, void *) {
     }
     if (cur) { die("invalid access at %p: outside every buffer, or the stack of a thread overflowed", si->si_addr); }
     signal(SIGSEGV, SIG_DFL); // not ours
+}
+
+// On a GPU an integer division by zero gives an undefined value and goes on; kernels rely on it (a row number modulo
+// the size of a mask that is not there). x86 traps: skip the instruction, the result is 0.
+void on_fpe(int, siginfo_t *, void * uc_) {
+#if defined(__x86_64__)
+    ucontext_t * uc = (ucontext_t *) uc_;
+    const uint8_t * start = (const uint8_t *) uc->uc_mcontext.gregs[REG_RIP], * p = start;
+    while (*p == 0x66 || (*p & 0xf0) == 0x40) { ++p; } // operand size, REX
+    if (cur && (*p == 0xf6 || *p == 0xf7)) {
+        const uint8_t modrm = p[1], mod = modrm >> 6, rm = modrm & 7;
+        p += 2;
+        bool disp32 = mod == 2 || (mod == 0 && rm == 5);
+        if (mod != 3 && rm == 4) { // SIB
+            disp32 = disp32 || (mod == 0 && (*p & 7) == 5);
+            ++p;
+        }
+        p += mod == 1 ? 1 : disp32 ? 4 : 0;
+        uc->uc_mcontext.gregs[REG_RAX] = 0;
+        uc->uc_mcontext.gregs[REG_RDX] = 0;
+        uc->uc_mcontext.gregs[REG_RIP] += p - start;
+        return;
+    }
+#else
+    (void) uc_;
+#endif
+    signal(SIGFPE, SIG_DFL); // not ours
 }
 
 //
@@ -207,6 +235,10 @@ void yield() { emu_switch(&cur->sp, sched_sp); }
 
 void finish_collective(simdgroup & g) {
     const int parity = g.gen & 1;
+    // lanes that have returned give no value; not done when they return, others may still read their last one
+    for (int i = 0; g.live < SIMD_WIDTH && i < SIMD_WIDTH; ++i) {
+        if (!(g.live_mask >> i & 1)) { poison(g.slot[parity][i], sizeof(g.slot[parity][i])); }
+    }
     if (g.complete) { g.complete(g, parity); }
     g.arrived = 0;
     g.kind    = nullptr;
@@ -221,7 +253,6 @@ void fiber_main() {
         cur->state = DONE;
         g.live--;
         g.live_mask &= ~(1u << cur->lane);
-        for (int p = 0; p < 2; ++p) { poison(g.slot[p][cur->lane], sizeof(g.slot[p][0])); }
         if (g.arrived > 0 && g.arrived == g.live) { finish_collective(g); }
         yield();
     }
@@ -407,6 +438,8 @@ void run(const dispatch & d) {
         sa.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         sigaction(SIGSEGV, &sa, nullptr);
         sigaction(SIGBUS,  &sa, nullptr);
+        sa.sa_sigaction = on_fpe;
+        sigaction(SIGFPE,  &sa, nullptr);
     }
 
     cur_dispatch = &d;

@@ -56,7 +56,7 @@ def matching(text: str, start: int, pair: str = "()") -> int:
             depth -= 1
             if depth == 0:
                 return i
-    raise RewriteError(f"unbalanced {pair} after: {text[start:start + 60]!r}")
+    raise RewriteError(f"unbalanced {pair} after: {text[start : start + 60]!r}")
 
 
 def split_params(text: str) -> list[str]:
@@ -129,7 +129,10 @@ class Rewriter:
                 out += [before[: template.start()], tables, " ", template.group(0), f"void {name}({params})"]
             else:
                 out += [before, tables, f" void {name}({params}); "]
-                out += [self.registration(host_name or name, name, f"emu_b_{name}"), f" void {name}({params})"]
+                out += [
+                    self.registration(host_name or name, name, f"emu_b_{name}"),
+                    f" void {name}({params})",
+                ]
             pos = close + 1
         out.append(text[pos:])
         return "".join(out)
@@ -147,7 +150,9 @@ class Rewriter:
             return self.registration(m.group(1), function, f"emu_b_{base.group(0)}")
 
         return re.sub(
-            r'template\s*\[\[\s*host_name\("([^"]+)"\s*\)\s*\]\]\s*kernel\s+(\w+)\s+(\w+\s*<[^;]*);', replace, text
+            r'template\s*\[\[\s*host_name\("([^"]+)"\s*\)\s*\]\]\s*kernel\s+(\w+)\s+(\w+\s*<[^;]*);',
+            replace,
+            text,
         )
 
     def rewrite(self, text: str) -> str:
@@ -162,7 +167,9 @@ class Rewriter:
         )
         text = re.sub(
             r"^([ \t]*)threadgroup\s+(\w+)\s+(\w+)\s*\[(.+)\];",
-            lambda m: f"{m.group(1)}auto & {m.group(3)} = emu::tg_local<{m.group(2)}[{m.group(4)}]>({self.unique()});",
+            lambda m: (
+                f"{m.group(1)}auto & {m.group(3)} = emu::tg_local<{m.group(2)}[{m.group(4)}]>({self.unique()});"
+            ),
             text,
             flags=re.M,
         )
@@ -219,7 +226,9 @@ def main(argv: list[str]) -> int:
     metal = Path(argv[1]) / "ggml/src/ggml-metal"
     out = Path(argv[2])
     if not (metal / "kernels").is_dir():
-        print(f"rewrite.py: {metal}/kernels does not exist; give the root of a llama.cpp tree", file=sys.stderr)
+        print(
+            f"rewrite.py: {metal}/kernels does not exist; give the root of a llama.cpp tree", file=sys.stderr
+        )
         return 2
     (out / "kernels").mkdir(parents=True, exist_ok=True)
 
@@ -236,14 +245,25 @@ def main(argv: list[str]) -> int:
         for lib in libs:
             text = (metal / f"kernels/{lib}.metal").read_text()
             included |= set(re.findall(r'#include "(\w+\.metal)"', text))
-            write(out / f"kernels/{lib}.cpp", Rewriter(lib).rewrite(text) + f'\nstatic const int emu_named = (emu_tu.name = "{lib}", 0);\n')
+            write(
+                out / f"kernels/{lib}.cpp",
+                Rewriter(lib).rewrite(text) + f'\nstatic const int emu_named = (emu_tu.name = "{lib}", 0);\n',
+            )
         for name in sorted(included):
             # fa_common.metal and the like are headers: what they register must be registered by each includer
             write(out / f"kernels/{name}", Rewriter(name).rewrite((metal / f"kernels/{name}").read_text()))
         write(
             out / "device-extract.inc",
-            between(device_m, "static const struct {\n    const char *              name;", "ggml_metal_device_t ggml_metal_device_init(")
-            + between(device_m, "static bool ggml_metal_supports_mul_mat_op(", "static void ggml_metal_device_disable_tensor("),
+            between(
+                device_m,
+                "static const struct {\n    const char *              name;",
+                "ggml_metal_device_t ggml_metal_device_init(",
+            )
+            + between(
+                device_m,
+                "static bool ggml_metal_supports_mul_mat_op(",
+                "static void ggml_metal_device_disable_tensor(",
+            ),
         )
         write(out / "libs.mk", "KERNEL_LIBS := " + " ".join(libs) + "\n")
     except RewriteError as e:

@@ -1,0 +1,283 @@
+"""`make test-metal`: everything the emulator can say about the Metal backend, with counts.
+
+    run_tests.py --src TREE --bin DIR --out DIR [--quick] [--jobs N] [--only STEP ...]
+
+TREE is the llama.cpp tree the emulator was built from, --bin the folder of its CPU build, --out the emulator's build
+folder. Steps: `crosscheck` (names resolve), `ops` (llama.cpp's own test-backend-ops against the CPU backend), `pairs`
+(every K/V pair against a reference in double, in three lane orders), `controls` (planted faults must be caught).
+
+Exit code 0: all passed; 1: something failed; 2: something to run is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STEPS = ("crosscheck", "ops", "pairs", "controls")
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A fault to plant in the sources and how it must show.
+
+    The library with the fault must make `tool` exit with a failure whose output matches `shows`.
+    """
+
+    name: str
+    file: str  # relative to ggml/src/ggml-metal
+    old: str
+    new: str
+    objects: tuple[str, ...]  # what to recompile
+    tool: tuple[str, ...]
+    shows: str
+    order: str = "forward"
+
+
+PLANTS = (
+    Plant(
+        "the q8_0/turbo4 pair has no kernel of its own and runs K's",
+        "ggml-metal-ops.cpp",
+        "    return type_k != type_v ||",
+        "    if (type_k == GGML_TYPE_Q8_0 && type_v == GGML_TYPE_TURBO4) { return false; }\n    return type_k != type_v ||",
+        ("h-ggml-metal-ops",),
+        ("metal-pairs", "--quick", "--only", "q8_0/turbo4", "--max-fail", "0"),
+        r"FAIL FLASH_ATTN_EXT q8_0/turbo4",
+    ),
+    Plant(
+        "the instantiation for head size 128 is missing",
+        "kernels/fa_vec_pair.metal",
+        'template [[host_name("kernel_flash_attn_ext_vec_pair_dk128_dv128")]]',
+        'template [[host_name("kernel_flash_attn_ext_vec_pair_gone")]]',
+        ("k-fa_vec_pair",),
+        ("metal-crosscheck",),
+        r"GAP kernel_flash_attn_ext_vec_pair_dk128_dv128",
+    ),
+    Plant(
+        "SET_ROWS packs turbo3's bits into turbo4's blocks",
+        "kernels/quantize.h",
+        "    if (tiisg < 16) {\n        dst.qs[16*g + tiisg] = q | r << 4;\n    }",
+        "    if (tiisg < 8) {\n        dst.qs[8*g + tiisg] = (q & 3) | (simd_shuffle(q, (tiisg + 8)%32) & 3) << 2 | (r & 3) << 4;\n"
+        "    } else {\n        simd_shuffle(q, 0);\n    }",
+        ("k-quantize",),
+        ("metal-pairs", "--ops", "set_rows", "--max-fail", "0"),
+        r"FAIL SET_ROWS turbo4",
+    ),
+    Plant(
+        "the rotation works in groups of 128 whatever the head size",
+        "ggml-metal-ops.cpp",
+        "ggml_metal_library_get_pipeline_fwht(lib, n, src1->type)",
+        "ggml_metal_library_get_pipeline_fwht(lib, 128, src1->type)",
+        ("h-ggml-metal-ops",),
+        ("metal-pairs", "--ops", "rotation", "--max-fail", "0"),
+        r"FAIL rotation n=64",
+    ),
+    Plant(
+        "the barrier between the softmax and P*V is dropped",
+        "kernels/fa_vec_common.metal",
+        "            simdgroup_barrier(mem_flags::mem_threadgroup);\n\n            // O = O + (Q*K^T)*V",
+        "            // O = O + (Q*K^T)*V",
+        ("k-fa_vec_pair",),
+        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
+        r"FAIL FLASH_ATTN_EXT turbo4/turbo4",
+    ),
+    Plant(
+        "one GPU family's code looks turbo4 up in a table of 4 levels",
+        "kernels/dequantize.h",
+        "        m = float4(kvalues_turbo4_mag[i4[0]], kvalues_turbo4_mag[i4[1]], kvalues_turbo4_mag[i4[2]], kvalues_turbo4_mag[i4[3]]);",
+        "        m = float4(kvalues_turbo4_mag[i4[0] & 3], kvalues_turbo4_mag[i4[1] & 3], kvalues_turbo4_mag[i4[2] & 3], kvalues_turbo4_mag[i4[3] & 3]);",
+        ("k-fa_vec_pair",),
+        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
+        r"FAIL FLASH_ATTN_EXT turbo4/turbo4.*family 9",
+    ),
+    Plant(
+        "upstream's zero-fill of the results by all lanes",
+        "kernels/fa_vec_common.metal",
+        "    if (tiisg < NL) {\n        for (short qq = 0; qq < Q; ++qq) {",
+        "    if (true) {\n        for (short qq = 0; qq < Q; ++qq) {",
+        ("k-fa_vec_pair",),
+        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
+        r"access outside threadgroup memory",
+    ),
+    Plant(
+        "upstream's missing barrier before S and M are written",
+        "kernels/fa_vec_common.metal",
+        "            // ss and spidx are rewritten by the next iteration, and ss also by the S and M below\n"
+        "            simdgroup_barrier(mem_flags::mem_threadgroup);\n",
+        "",
+        ("k-fa_vec_pair",),
+        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
+        r"FAIL FLASH_ATTN_EXT turbo4/turbo4 head=128",
+    ),
+)
+
+
+class Run:
+    """One run of the steps; collects what failed."""
+
+    def __init__(self, src: Path, bin_: Path, out: Path, jobs: int, quick: bool) -> None:
+        self.src, self.bin, self.out, self.jobs, self.quick = src, bin_, out, jobs, quick
+        self.failures: list[str] = []
+
+    def call(self, argv: Sequence[str], lib: Path | None = None, **env: str) -> tuple[int, str]:
+        """Run a tool with the emulated device loaded; return (exit code, output)."""
+        full = {**os.environ, **env, "GGML_BACKEND_PATH": str(lib or self.out / "libggml-metal-emu.so")}
+        p = subprocess.run(
+            argv, env=full, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        return p.returncode, p.stdout
+
+    def report(self, name: str, ok: bool, text: str) -> None:
+        """Print one verdict and remember a failure."""
+        print(f"{'ok  ' if ok else 'FAIL'} {name}: {text}", flush=True)
+        if not ok:
+            self.failures.append(name)
+
+    def crosscheck(self) -> None:
+        """Every combination supports_op accepts resolves to a registered kernel."""
+        code, text = self.call([str(self.out / "metal-crosscheck")])
+        print(text, end="")
+        self.report("crosscheck", code == 0, text.strip().splitlines()[-1] if text.strip() else "no output")
+
+    def ops(self) -> None:
+        """llama.cpp's own test-backend-ops, the emulated device against the CPU backend."""
+        turbo = "type_[KV]=turbo"
+        runs = [
+            ("SET_ROWS", ""),
+            ("CPY", ""),
+            ("GET_ROWS", ""),
+            ("FLASH_ATTN_EXT", f"hsk=64,.*kv=113,.*{turbo}"),
+        ]
+        if not self.quick:
+            runs += [
+                ("SOFT_MAX", ""),
+                ("RMS_NORM", ""),
+                ("FLASH_ATTN_EXT", f"hsk=(128|192|256),.*kv=113,.*{turbo}"),
+            ]
+
+        def one(run: tuple[str, str]) -> None:
+            op, pattern = run
+            argv = [str(self.bin / "test-backend-ops"), "test", "-b", "MTL0", "-o", op]
+            # the slice over (Q, NE) of upstream's own vec kernels takes minutes and has no turbo type in it
+            code, text = self.call(argv + (["-p", pattern] if pattern else []), LLAMA_TEST_FA_VEC_DISABLE="1")
+            m = re.search(r"(\d+)/(\d+) tests passed", text)
+            ok = code == 0 and m is not None and int(m.group(2)) > 0 and m.group(1) == m.group(2)
+            last = [line for line in text.splitlines() if "FAIL" in line or "metal-emu:" in line]
+            summary = f"{m.group(0) if m else 'no result'}{' ' + pattern if pattern else ''}"
+            self.report(f"test-backend-ops {op}", ok, "; ".join([summary, *last[:3]]))
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(one, runs))
+
+    def pairs(self) -> None:
+        """The matrix of pairs, sharded over the cores."""
+        extra = ["--quick"] if self.quick else []
+
+        def one(i: int) -> tuple[int, str]:
+            return self.call([str(self.out / "metal-pairs"), "--shard", f"{i}/{self.jobs}", *extra])
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            results = list(pool.map(one, range(self.jobs)))
+        totals: dict[str, list[int]] = {}
+        for code, text in results:
+            found = re.findall(r"^(\S+)\s+(\d+) passed\s+(\d+) failed$", text, re.M)
+            for op, passed, failed in found:
+                t = totals.setdefault(op, [0, 0])
+                t[0] += int(passed)
+                t[1] += int(failed)
+            if code != 0 or not found:
+                print("\n".join(text.splitlines()[-25:]))
+                self.failures.append("pairs shard")
+        for op, (passed, failed) in totals.items():
+            self.report(f"pairs {op}", failed == 0 and passed > 0, f"{passed} passed, {failed} failed")
+        print("\n".join(t.strip().splitlines()[-1] for _, t in results if t.strip()))
+
+    def plant(self, plant: Plant) -> None:
+        """Build the library with one fault and demand that it is caught."""
+        work = self.out / "planted" / re.sub(r"\W+", "-", plant.name)[:40]
+        shutil.rmtree(work, ignore_errors=True)
+        tree = work / "src"
+        metal = tree / "ggml/src/ggml-metal"
+        shutil.copytree(self.src / "ggml/src/ggml-metal", metal)
+        for path in (self.src / "ggml/src").iterdir():
+            if path.name != "ggml-metal":
+                (tree / "ggml/src" / path.name).symlink_to(path.resolve())
+        (tree / "ggml/include").symlink_to((self.src / "ggml/include").resolve())
+        text = (metal / plant.file).read_text()
+        if text.count(plant.old) != 1:
+            self.report(
+                f"control: {plant.name}", False, f"{plant.file} has changed, the fault cannot be planted"
+            )
+            return
+        (metal / plant.file).write_text(text.replace(plant.old, plant.new))
+        make = [
+            "make",
+            "-s",
+            "-C",
+            str(HERE),
+            f"SRC={tree.resolve()}",
+            f"BIN={self.bin.resolve()}",
+            f"OUT={(work / 'out').resolve()}",
+        ]
+        make += [f"REUSE={self.out.resolve()}", f"PLANTED={' '.join(plant.objects)}", "lib"]
+        built = subprocess.run(make, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if built.returncode != 0:
+            self.report(f"control: {plant.name}", False, "does not build: " + built.stdout[-500:])
+            return
+        lib = work / "out/libggml-metal-emu.so"
+        code, out = self.call([str(self.out / plant.tool[0]), *plant.tool[1:]], lib=lib)
+        m = re.search(plant.shows, out)
+        shown = next((line for line in out.splitlines() if m and m.group(0)[:20] in line), out[-200:])
+        self.report(
+            f"control: {plant.name}",
+            code != 0 and m is not None,
+            ("caught: " if m else "NOT caught: ") + shown.strip()[:160],
+        )
+        shutil.rmtree(work, ignore_errors=True)
+
+    def controls(self) -> None:
+        """All planted faults."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.plant, PLANTS[:6] if self.quick else PLANTS))
+
+
+def main() -> int:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Run the Metal backend on the CPU and judge it.")
+    parser.add_argument("--src", type=Path, required=True)
+    parser.add_argument("--bin", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="a reduced list, about 3 minutes on 2 cores")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    args = parser.parse_args()
+    for path in (args.out / "libggml-metal-emu.so", args.out / "metal-pairs", args.bin / "test-backend-ops"):
+        if not path.exists():
+            print(
+                f"test-metal: {path} does not exist; run `make build-cpu` and `make metal-emu` first",
+                file=sys.stderr,
+            )
+            return 2
+    run = Run(args.src.resolve(), args.bin.resolve(), args.out.resolve(), args.jobs, args.quick)
+    start = time.monotonic()
+    for step in args.only:
+        before = time.monotonic()
+        getattr(run, step)()
+        print(f"     {step}: {time.monotonic() - before:.0f} s", flush=True)
+    verdict = "all passed" if not run.failures else f"{len(run.failures)} failed: " + "; ".join(run.failures)
+    print(f"test-metal: {verdict} ({time.monotonic() - start:.0f} s on {args.jobs} cores)")
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

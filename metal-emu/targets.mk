@@ -1,0 +1,13 @@
+# Included by the Makefile at the root. The emulator runs llama.cpp's Metal kernels on this machine's CPU.
+
+METAL_EMU := build/metal-emu
+
+.PHONY: metal-emu test-metal
+metal-emu: build-cpu ## llama.cpp's Metal backend with its kernels compiled for this CPU (needs clang 16 or newer)
+	@command -v clang++-16 >/dev/null || command -v clang++ >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		{ echo "metal-emu: installing clang-16" && apt-get install -qq -y clang-16 >/dev/null; }; } || true
+	@$(MAKE) -C metal-emu -j$(or $(JOBS),$(shell nproc)) --output-sync SRC=$(CURDIR)/build/src BIN=$(CURDIR)/build/cpu/bin \
+		OUT=$(CURDIR)/$(METAL_EMU) | grep -v '^\S*\(ccache\|clang\)' || test "$${PIPESTATUS[0]}" -eq 0
+
+test-metal: metal-emu ## every K/V pair, lane order and GPU family on the emulated Metal device, planted faults included
+	@$(PYTHON) metal-emu/run_tests.py --src build/src --bin build/cpu/bin --out $(METAL_EMU)
