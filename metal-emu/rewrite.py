@@ -3,12 +3,13 @@
     rewrite.py SRC OUT      SRC: a llama.cpp tree, OUT: where the generated files go
 
 Writes OUT/kernels/*.cpp (one per library that ggml-metal-device.m lists), the headers they include, and
-OUT/device-extract.inc: the plain C parts of ggml-metal-device.m (device names, supports_op), taken over verbatim so
-that the emulated device accepts exactly what a Mac accepts.
+OUT/device-extract.inc: the plain C parts of ggml-metal-device.m (device names, supports_op), taken over
+verbatim so that the emulated device accepts exactly what a Mac accepts.
 
-The kernels' code is not changed; only what C++ cannot express is: attributes of parameters become binding tables,
-`[[host_name]]` instantiations become registrations, `[[function_constant]]` globals become checked objects,
-`threadgroup T x[N]` locals become guarded memory, and loop pragmas go (with them one file takes minutes to compile).
+The kernels' code is not changed; only what C++ cannot express is: attributes of parameters become binding
+tables, `[[host_name]]` instantiations become registrations, `[[function_constant]]` globals become checked
+objects, `threadgroup T x[N]` locals become guarded memory, and loop pragmas go (with them one file takes
+minutes to compile).
 """
 
 from __future__ import annotations
@@ -167,9 +168,7 @@ class Rewriter:
         )
         text = re.sub(
             r"^([ \t]*)threadgroup\s+(\w+)\s+(\w+)\s*\[(.+)\];",
-            lambda m: (
-                f"{m.group(1)}auto & {m.group(3)} = emu::tg_local<{m.group(2)}[{m.group(4)}]>({self.unique()});"
-            ),
+            lambda m: f"{m[1]}auto & {m[3]} = emu::tg_local<{m[2]}[{m[4]}]>({self.unique()});",
             text,
             flags=re.M,
         )

@@ -2,9 +2,10 @@
 
     run_tests.py --src TREE --bin DIR --out DIR [--quick] [--jobs N] [--only STEP ...]
 
-TREE is the llama.cpp tree the emulator was built from, --bin the folder of its CPU build, --out the emulator's build
-folder. Steps: `crosscheck` (names resolve), `ops` (llama.cpp's own test-backend-ops against the CPU backend), `pairs`
-(every K/V pair against a reference in double, in three lane orders), `controls` (planted faults must be caught).
+TREE is the llama.cpp tree the emulator was built from, --bin the folder of its CPU build, --out the
+emulator's build folder. Steps: `crosscheck` (names resolve), `ops` (llama.cpp's own test-backend-ops against
+the CPU backend), `pairs` (every K/V pair against a reference in double, in three lane orders), `controls`
+(planted faults must be caught).
 
 Exit code 0: all passed; 1: something failed; 2: something to run is missing.
 """
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,88 +40,16 @@ class Plant:
     file: str  # relative to ggml/src/ggml-metal
     old: str
     new: str
-    objects: tuple[str, ...]  # what to recompile
-    tool: tuple[str, ...]
+    objects: list[str]  # what to recompile
+    tool: list[str]
     shows: str
-    order: str = "forward"
 
 
-PLANTS = (
-    Plant(
-        "the q8_0/turbo4 pair has no kernel of its own and runs K's",
-        "ggml-metal-ops.cpp",
-        "    return type_k != type_v ||",
-        "    if (type_k == GGML_TYPE_Q8_0 && type_v == GGML_TYPE_TURBO4) { return false; }\n    return type_k != type_v ||",
-        ("h-ggml-metal-ops",),
-        ("metal-pairs", "--quick", "--only", "q8_0/turbo4", "--max-fail", "0"),
-        r"FAIL FLASH_ATTN_EXT q8_0/turbo4",
-    ),
-    Plant(
-        "the instantiation for head size 128 is missing",
-        "kernels/fa_vec_pair.metal",
-        'template [[host_name("kernel_flash_attn_ext_vec_pair_dk128_dv128")]]',
-        'template [[host_name("kernel_flash_attn_ext_vec_pair_gone")]]',
-        ("k-fa_vec_pair",),
-        ("metal-crosscheck",),
-        r"GAP kernel_flash_attn_ext_vec_pair_dk128_dv128",
-    ),
-    Plant(
-        "SET_ROWS packs turbo3's bits into turbo4's blocks",
-        "kernels/quantize.h",
-        "    if (tiisg < 16) {\n        dst.qs[16*g + tiisg] = q | r << 4;\n    }",
-        "    if (tiisg < 8) {\n        dst.qs[8*g + tiisg] = (q & 3) | (simd_shuffle(q, (tiisg + 8)%32) & 3) << 2 | (r & 3) << 4;\n"
-        "    } else {\n        simd_shuffle(q, 0);\n    }",
-        ("k-quantize",),
-        ("metal-pairs", "--ops", "set_rows", "--max-fail", "0"),
-        r"FAIL SET_ROWS turbo4",
-    ),
-    Plant(
-        "the rotation works in groups of 128 whatever the head size",
-        "ggml-metal-ops.cpp",
-        "ggml_metal_library_get_pipeline_fwht(lib, n, src1->type)",
-        "ggml_metal_library_get_pipeline_fwht(lib, 128, src1->type)",
-        ("h-ggml-metal-ops",),
-        ("metal-pairs", "--ops", "rotation", "--max-fail", "0"),
-        r"FAIL rotation n=64",
-    ),
-    Plant(
-        "the barrier between the softmax and P*V is dropped",
-        "kernels/fa_vec_common.metal",
-        "            simdgroup_barrier(mem_flags::mem_threadgroup);\n\n            // O = O + (Q*K^T)*V",
-        "            // O = O + (Q*K^T)*V",
-        ("k-fa_vec_pair",),
-        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
-        r"FAIL FLASH_ATTN_EXT turbo4/turbo4",
-    ),
-    Plant(
-        "one GPU family's code looks turbo4 up in a table of 4 levels",
-        "kernels/dequantize.h",
-        "        m = float4(kvalues_turbo4_mag[i4[0]], kvalues_turbo4_mag[i4[1]], kvalues_turbo4_mag[i4[2]], kvalues_turbo4_mag[i4[3]]);",
-        "        m = float4(kvalues_turbo4_mag[i4[0] & 3], kvalues_turbo4_mag[i4[1] & 3], kvalues_turbo4_mag[i4[2] & 3], kvalues_turbo4_mag[i4[3] & 3]);",
-        ("k-fa_vec_pair",),
-        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
-        r"FAIL FLASH_ATTN_EXT turbo4/turbo4.*family 9",
-    ),
-    Plant(
-        "upstream's zero-fill of the results by all lanes",
-        "kernels/fa_vec_common.metal",
-        "    if (tiisg < NL) {\n        for (short qq = 0; qq < Q; ++qq) {",
-        "    if (true) {\n        for (short qq = 0; qq < Q; ++qq) {",
-        ("k-fa_vec_pair",),
-        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
-        r"access outside threadgroup memory",
-    ),
-    Plant(
-        "upstream's missing barrier before S and M are written",
-        "kernels/fa_vec_common.metal",
-        "            // ss and spidx are rewritten by the next iteration, and ss also by the S and M below\n"
-        "            simdgroup_barrier(mem_flags::mem_threadgroup);\n",
-        "",
-        ("k-fa_vec_pair",),
-        ("metal-pairs", "--quick", "--only", "turbo4/turbo4", "--max-fail", "0"),
-        r"FAIL FLASH_ATTN_EXT turbo4/turbo4 head=128",
-    ),
-)
+def load_plants(quick: bool) -> list[Plant]:
+    """The faults of plants.toml, or the reduced list."""
+    with (HERE / "plants.toml").open("rb") as f:
+        entries = tomllib.load(f)["plant"]
+    return [Plant(**{k: v for k, v in e.items() if k != "quick"}) for e in entries if e["quick"] or not quick]
 
 
 class Run:
@@ -248,7 +178,7 @@ class Run:
     def controls(self) -> None:
         """All planted faults."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.plant, PLANTS[:6] if self.quick else PLANTS))
+            list(pool.map(self.plant, load_plants(self.quick)))
 
 
 def main() -> int:
