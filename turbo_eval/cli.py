@@ -16,7 +16,7 @@ from turbo_eval.errors import TurboEvalError
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
     *("doctor", "source", "patches", "build", "models", "corpora"),
-    *("plan", "sweep", "table", "gate", "show"),
+    *("plan", "sweep", "table", "gate", "show", "results", "recommend"),
     *("selftest",),
 )
 

@@ -70,7 +70,7 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
         for ctx in spec.ctx:
             for metric in wanted_metrics(spec.metrics):
                 for anchor in anchors:
-                    for k, v in ordered_pairs(spec):
+                    for k, v in ordered_pairs(spec, metric):
                         cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, build, env)
                         flag = anchor if capabilities(build).kv_anchor else None
                         jobs.append(Job(cell, model, corpus, flag))
@@ -90,9 +90,11 @@ def wanted_metrics(metrics: Iterable[Metric]) -> list[Metric]:
     return [m for m in METRICS if m in wanted]
 
 
-def ordered_pairs(spec: SweepSpec) -> list[tuple[str, str]]:
-    """The baseline first, the rest as given."""
-    return [spec.baseline, *(p for p in spec.pairs if p != spec.baseline)]
+def ordered_pairs(spec: SweepSpec, metric: Metric = "ppl") -> list[tuple[str, str]]:
+    """What others are compared with first, the rest as given: the baseline, and for generation
+    f16:f16, which is added where the sweep does not have it."""
+    first = [("f16", "f16")] if metric in ("greedy", "needle") else []
+    return list(dict.fromkeys([*first, spec.baseline, *spec.pairs]))
 
 
 def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:

@@ -171,8 +171,8 @@ class Greedy(_Frozen):
     """Greedy generation against f16/f16 of the same build.
 
     `first_divergence` is the median index of the first differing token over the prompts that
-    differ (None: none does), `identical_pct` the share of prompts without a difference,
-    `agree_pct` the share of tokens before the first difference.
+    differ (None: none does), `outputs` the token ids, `identical_pct` the share of prompts without
+    a difference, `agree_pct` the share of tokens before the first difference.
     """
 
     prompts: int
@@ -180,6 +180,7 @@ class Greedy(_Frozen):
     identical_pct: float
     agree_pct: float
     first_divergence: float | None
+    outputs: tuple[tuple[int, ...], ...]
 
 
 class Needle(_Frozen):
@@ -324,3 +325,11 @@ def read_record(path: Path) -> Record:
     if record.key != record.cell.key():
         raise IncompleteError(f"record {path} does not hold the cell its key names", step)
     return record
+
+
+def json_schema() -> str:
+    """The schema of a record file (JSON Schema 2020-12), as text."""
+    schema = Record.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"turbo-eval record, schema version {SCHEMA}"
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

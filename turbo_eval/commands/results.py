@@ -1,0 +1,144 @@
+"""turbo-eval results: list, prune and export what is on record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turbo_eval.commands import options as o
+
+if TYPE_CHECKING:
+    from turbo_eval.record import Record
+
+results_app = typer.Typer(no_args_is_help=True, help="List, prune and export what is on record.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(results_app, name="results")
+
+
+@results_app.command("list")
+def list_(results: o.Results = None) -> None:
+    """Every record: key, machine, cell, status, figure, when."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from turbo_eval.progress import outcome
+
+    table = Table("key", "model", "K/V", "metric", "ctx", "chunks", "tree", "started", "outcome", box=None)
+    for record in _records(results):
+        cell = record.cell
+        row = [record.key, cell.model, f"{cell.k}/{cell.v}", cell.metric, str(cell.ctx), str(cell.chunks)]
+        row += [cell.tree[:8], record.run.started[:16], outcome(record)]
+        table.add_row(*row, style=None if record.ok else "red")
+    Console().print(table)
+
+
+@results_app.command()
+def prune(
+    results: o.Results = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Records without a number.")] = False,
+    keep_tree: Annotated[
+        str | None, typer.Option(help="Drop records of trees that don't start with this.", show_default=False)
+    ] = None,
+    unreadable: Annotated[bool, typer.Option("--unreadable", help="Files that are no records.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it; without, only say what would go.")] = False,
+) -> None:
+    """Delete records and their logs; says which and does nothing without --yes.
+
+    turbo-eval results prune --failed --yes
+
+    turbo-eval results prune --keep-tree 3f2a91 --unreadable
+    """
+    from turbo_eval.errors import IncompleteError, UsageError
+    from turbo_eval.paths import results_dir
+    from turbo_eval.record import read_record
+    from turbo_eval.store import record_files
+
+    if not (failed or keep_tree or unreadable):
+        raise UsageError("nothing to prune was named", "give --failed, --keep-tree or --unreadable")
+    root = results or results_dir()
+    doomed: list[tuple[Path, str]] = []
+    for path in record_files([root]):
+        try:
+            record = read_record(path)
+        except IncompleteError:
+            if unreadable:
+                doomed.append((path, "unreadable"))
+            continue
+        if failed and not record.ok:
+            doomed.append((path, record.status))
+        elif keep_tree and not record.cell.tree.startswith(keep_tree):
+            doomed.append((path, f"tree {record.cell.tree[:12]}"))
+    for path, why in doomed:
+        print(f"{'deleted' if yes else 'would delete'} {path}: {why}")
+        if yes:
+            path.unlink()
+            key = path.name.split(".")[-2]
+            (path.parent / "logs" / f"{key}.log").unlink(missing_ok=True)
+    if doomed and not yes:
+        print("nothing was deleted; add --yes to do it")
+
+
+@results_app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="File to write: .csv, .parquet or .json.")],
+    results: o.Results = None,
+) -> None:
+    """One flat line a record, for other tools.
+
+    turbo-eval results export all.parquet
+    """
+    from turbo_eval.errors import EnvironmentProblem, UsageError
+    from turbo_eval.store import writing
+
+    rows = [_flat(record) for record in _records(results)]
+    if out.suffix not in (".csv", ".parquet", ".json"):
+        raise UsageError(f"{out} ends in none of .csv, .parquet and .json", "choose one of them")
+    with writing(out):
+        if out.suffix == ".json":
+            out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            return
+        import pandas as pd
+
+        frame = pd.DataFrame(rows)
+        if out.suffix == ".csv":
+            frame.to_csv(out, index=False)
+            return
+        try:
+            frame.to_parquet(out, index=False)
+        except ImportError:
+            raise EnvironmentProblem(
+                "writing Parquet needs pyarrow", "install it or export to .csv"
+            ) from None
+
+
+@results_app.command()
+def schema() -> None:
+    """The JSON schema of a record, as published in docs/record.schema.json."""
+    from turbo_eval.record import json_schema
+
+    print(json_schema(), end="")
+
+
+def _records(results: Path | None) -> list[Record]:
+    from turbo_eval.paths import results_dir
+    from turbo_eval.store import read_all
+
+    return read_all([results or results_dir()])
+
+
+def _flat(record: Record) -> dict[str, Any]:
+    """A record's row with its nested figures as dotted columns; lists are left to the JSON files."""
+    flat: dict[str, Any] = {}
+    for name, value in record.row().items():
+        if name in ("kld", "decode", "greedy", "needle"):
+            for inner, figure in (value or {}).items():
+                if not isinstance(figure, list):
+                    flat[f"{name}.{inner}"] = figure
+        else:
+            flat[name] = value
+    return flat
