@@ -35,6 +35,10 @@ def test_submodule_from_the_sdist(clone: Path) -> None:
     assert "github.com/ggml-org" in toys.run("git", "remote", "get-url", "origin", cwd=clone / "llama.cpp")
     assert source.ensure_source() == "present"
 
+    # emptied, and filled again from the repository that is still there
+    toys.run("git", "submodule", "--quiet", "deinit", "--force", "llama.cpp", cwd=clone)
+    assert source.ensure_source(offline_route=True) == "sdist"
+
     (clone / "llama.cpp" / "README.md").write_text("edited")
     with pytest.raises(EnvironmentProblem, match="has local changes"):
         source.ensure_source()
@@ -62,6 +66,30 @@ def test_upstream_route_and_moved_pin(tmp_path: Path, monkeypatch: pytest.Monkey
     assert source.state().head == moved
     toys.run("git", "submodule", "--quiet", "deinit", "--force", "llama.cpp", cwd=toy.root)
     assert source.ensure_source() == "upstream"
+
+
+def test_killed_clone_and_killed_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = toys.make(tmp_path, monkeypatch)
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "protocol.file.allow")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "always")
+    (toy.submodule / "add.c").unlink()
+    assert source.ensure_source() == "present"
+    assert (toy.submodule / "add.c").is_file()
+
+    toys.run("git", "submodule", "--quiet", "deinit", "--force", "llama.cpp", cwd=toy.root)
+    mine = toys.run("git", "rev-parse", "HEAD", cwd=toy.root / ".git" / "modules" / "llama.cpp")
+    source._remove_wreck(toy.root)  # emptied on purpose is no wreck: its repository may hold work
+    assert toys.run("git", "rev-parse", "HEAD", cwd=toy.root / ".git" / "modules" / "llama.cpp") == mine
+    assert source.ensure_source() == "upstream"
+
+    for file in toy.submodule.iterdir():
+        if file.name != ".git":
+            file.unlink()
+    (toy.root / ".git" / "modules" / "llama.cpp" / "HEAD").unlink()
+    assert source.state().head == ""
+    assert source.ensure_source() == "upstream"
+    assert source.state().ready
 
 
 def test_silent_upstream_fails_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,10 @@ def state() -> SourceState:
     folder = paths.submodule_dir()
     if not (folder / ".git").exists():
         return SourceState(pin(), "", clean=True)
-    head = git("rev-parse", "HEAD", cwd=folder).strip()
+    try:
+        head = git("rev-parse", "HEAD", cwd=folder).strip()
+    except GitError:  # a clone that was killed before it had a commit
+        return SourceState(pin(), "", clean=True)
     return SourceState(pin(), head, clean=not git("status", "--porcelain", cwd=folder).strip())
 
 
@@ -81,6 +84,11 @@ def ensure_source(*, offline_route: bool = False) -> str:
     if now.ready:
         return "present"
     folder = paths.submodule_dir()
+    if now.head and not now.clean and _only_missing(folder):  # killed while checking out
+        git("checkout", "--quiet", "--force", "--detach", now.head, cwd=folder)
+        now = state()
+        if now.ready:
+            return "present"
     if now.head and not now.clean:
         raise EnvironmentProblem(
             f"{folder} has local changes, and it must stay as upstream made it",
@@ -97,6 +105,12 @@ def ensure_source(*, offline_route: bool = False) -> str:
             return _proven("upstream")
     _from_sdist(root, reason)
     return _proven("sdist")
+
+
+def _only_missing(folder: Path) -> bool:
+    """Is every difference a file that isn't there? Nothing is lost by checking out again then."""
+    lines = git("status", "--porcelain", cwd=folder).splitlines()
+    return all(set(line[:2]) <= {" ", "D"} for line in lines)
 
 
 def _has_commit(folder: Path, commit: str) -> bool:
@@ -120,6 +134,8 @@ def _proven(route: str) -> str:
 def _from_upstream(root: Path) -> str:
     """The ordinary way; returns why it did not work, "" if it did."""
     url = git("config", "-f", ".gitmodules", f"submodule.{SUBMODULE}.url", cwd=root).strip()
+    if not state().head:
+        _remove_wreck(root)
     try:
         git("ls-remote", "--exit-code", url, "HEAD", cwd=root, timeout=PROBE_SECONDS)
         git("submodule", "update", "--init", "--depth", "1", "--", SUBMODULE, cwd=root, timeout=1800)
@@ -165,26 +181,30 @@ def _from_sdist(root: Path, reason: str) -> None:
                 "run `git submodule update --init` where upstream can be reached",
             )
         url = git("config", "-f", ".gitmodules", f"submodule.{SUBMODULE}.url", cwd=root).strip()
-        # A clone that an earlier try left behind still looks for its objects at upstream.
-        left_over = git_dir / "modules" / SUBMODULE
-        if not state().head:
-            shutil.rmtree(left_over, ignore_errors=True)
-            git("submodule", "init", "--", SUBMODULE, cwd=root)
-            git(
-                *("-c", "protocol.file.allow=always", "-c", f"submodule.{SUBMODULE}.url={donor.as_uri()}"),
-                *("submodule", "update", "--depth", "1", "--", SUBMODULE),
-                cwd=root,
-            )
-        else:
-            folder = paths.submodule_dir()
-            git(
-                "-c",
-                "protocol.file.allow=always",
-                *("fetch", "--depth", "1", donor.as_uri(), commit),
-                cwd=folder,
-            )
-            git("checkout", "--quiet", "--detach", commit, cwd=folder)
+        _remove_wreck(root)
+        git("submodule", "init", "--", SUBMODULE, cwd=root)
+        allow = ("-c", "protocol.file.allow=always", "-c", f"submodule.{SUBMODULE}.url={donor.as_uri()}")
+        modules = _modules(root)
+        if modules.is_dir():  # a clone of another commit: it asks its own remote, and need not
+            git(*allow, "fetch", "--quiet", "--depth", "1", donor.as_uri(), commit, cwd=modules)
+        git(*allow, "submodule", "update", "--depth", "1", "--", SUBMODULE, cwd=root)
         git("remote", "set-url", "origin", url, cwd=paths.submodule_dir())
+
+
+def _modules(root: Path) -> Path:
+    """Where git keeps the submodule's repository."""
+    git_dir = Path(git("rev-parse", "--absolute-git-dir", cwd=root).strip())
+    return git_dir / "modules" / SUBMODULE
+
+
+def _remove_wreck(root: Path) -> None:
+    """Clear what a clone that failed or was killed left behind: it has no commit to lose."""
+    modules = _modules(root)
+    try:
+        git("rev-parse", "--verify", "--quiet", "HEAD", cwd=root, env={"GIT_DIR": str(modules)})
+    except GitError:
+        shutil.rmtree(modules, ignore_errors=True)
+        (paths.submodule_dir() / ".git").unlink(missing_ok=True)
 
 
 def _unpack_repository(archive: Path, donor: Path) -> None:
