@@ -1,9 +1,11 @@
 // Runs ggml's KV-cache operations on the emulated Metal device and judges them.
 //
-//   metal-pairs [--quick] [--shard I/N] [--only K/V] [--ops fa,set_rows,cpy,get_rows,rotation] [--max-fail N] [-v]
+//   metal-pairs [--quick] [--shard I/N] [--only K/V] [--head N] [--keys N] [--ops LIST] [--max-fail N] [-v]
+//   LIST: some of fa,set_rows,cpy,get_rows,rotation
 //
 // Flash attention: every pair of cache types that has a turbo type or K != V, {1, 3, 24, 32} queries (vec, vec, matrix,
-// dequantize-to-f16), {113, 512, 4097} keys, head sizes {64, 128, 256}. The reference is attention in double over the
+// dequantize-to-f16), {113, 512, 4097} keys, head sizes {64, 128, 256}, and {80, 96, 112, 192} with 113 keys where the
+// block sizes divide them. The reference is attention in double over the
 // values that ggml's own to_float gives. Each case runs once per (lane order, GPU family): the results must agree
 // bit for bit. SET_ROWS and CPY to a quantized type are judged by the squared error against quantize_row_*_ref's,
 // CPY from it and GET_ROWS must equal to_float exactly.
@@ -200,7 +202,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     }
 
     // which path must have run
-    const bool vec = c.nq < 20;
+    const bool vec = c.nq < 20 && c.hs % 32 == 0;
     const bool f16 = c.nq >= 32;
     const bool has_vec = kernels.find("flash_attn_ext_vec_") != std::string::npos;
     const bool has_cvt = kernels.find("flash_attn_ext_kv_") != std::string::npos && kernels.find("_f16 ") != std::string::npos;
@@ -376,7 +378,7 @@ static result run_rotation(ggml_backend_t dev, int n, int64_t rows_, const std::
 
 int main(int argc, char ** argv) {
     bool quick = false, verbose = false;
-    int shard = 0, n_shards = 1, max_fail = 20;
+    int shard = 0, n_shards = 1, max_fail = 20, only_head = 0, only_keys = 0;
     std::string only, ops = "fa,set_rows,cpy,get_rows,rotation";
     for (int i = 1; i < argc; ++i) {
         const std::string a = argv[i];
@@ -385,9 +387,11 @@ int main(int argc, char ** argv) {
         else if (a == "-v")      { verbose = true; }
         else if (a == "--shard" && sscanf(val, "%d/%d", &shard, &n_shards) == 2 && shard < n_shards) { ++i; }
         else if (a == "--only" && *val)     { only = val; ++i; }
+        else if (a == "--head" && *val)     { only_head = atoi(val); ++i; }
+        else if (a == "--keys" && *val)     { only_keys = atoi(val); ++i; }
         else if (a == "--ops" && *val)      { ops = val; ++i; }
         else if (a == "--max-fail" && *val) { max_fail = atoi(val); ++i; }
-        else { fprintf(stderr, "usage: metal-pairs [--quick] [--shard I/N] [--only K/V] [--ops fa,set_rows,cpy,get_rows,rotation] [--max-fail N] [-v]\n"); return 2; }
+        else { fprintf(stderr, "usage: metal-pairs [--quick] [--shard I/N] [--only K/V] [--head N] [--keys N] [--ops fa,set_rows,cpy,get_rows,rotation] [--max-fail N] [-v]\n"); return 2; }
     }
     const char * path = getenv("GGML_BACKEND_PATH");
     if (!path) {
@@ -455,9 +459,16 @@ int main(int argc, char ** argv) {
             auto in_quick = [](ggml_type t) { return is_turbo(t) || t == GGML_TYPE_F16 || t == GGML_TYPE_Q8_0; };
             if (quick && !(in_quick(tk) && in_quick(tv))) { continue; }
             ++pairs;
-            for (int hs : { 64, 128, 256 }) {
-                for (int kv : { 113, 512, 4097 }) {
+            for (int hs : { 64, 80, 96, 112, 128, 192, 256 }) {
+                if (hs % ggml_blck_size(tk) != 0 || hs % ggml_blck_size(tv) != 0) { continue; }
+                const bool main_size = hs == 64 || hs == 128 || hs == 256;
+                for (int kv : { 113, 512, 1100, 4097 }) {
                     for (int nq : { 1, 3, 24, 32 }) {
+                        if (only_head && hs != only_head) { continue; }
+                        if (only_keys && kv != only_keys) { continue; }
+                        if (!main_size && (quick || kv != 113)) { continue; }
+                        // 1100: decode with several heads to a KV head is another path from 1024 keys on
+                        if (kv == 1100 && !(nq == 1 && quick)) { continue; }
                         if (quick && (kv == 4097 || (hs == 256 && nq > 1))) { continue; }
                         if (kv == 4097 && nq == 24) { continue; } // the matrix kernel's loop is covered by 512
                         if (!mine("FLASH_ATTN_EXT")) { continue; }

@@ -10,4 +10,6 @@ metal-emu: build-cpu ## llama.cpp's Metal backend with its kernels compiled for 
 		OUT=$(CURDIR)/$(METAL_EMU) | grep -v '^\S*\(ccache\|clang\)' || test "$${PIPESTATUS[0]}" -eq 0
 
 test-metal: metal-emu ## every K/V pair, lane order and GPU family on the emulated Metal device, planted faults included
-	@$(PYTHON) metal-emu/run_tests.py --src build/src --bin build/cpu/bin --out $(METAL_EMU)
+	@$(RUN) models get $(DEMO_MODEL) && $(RUN) corpora get $(DEMO_CORPUS)
+	@$(PYTHON) metal-emu/run_tests.py --src build/src --bin build/cpu/bin --out $(METAL_EMU) \
+		--model "$$($(RUN) models path $(DEMO_MODEL))" --text "$$($(RUN) corpora path $(DEMO_CORPUS))"

@@ -17,7 +17,7 @@ typedef unsigned short ushort;
 typedef unsigned int   uint;
 typedef unsigned long  ulong;
 
-static inline half operator""h(long double x) { return (half) x; }
+constexpr half operator""h(long double x) { return (half) x; }
 
 #define __METAL_VERSION__ 320
 
