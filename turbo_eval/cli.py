@@ -16,8 +16,8 @@ from turbo_eval.errors import TurboEvalError
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
     *("doctor", "source", "patches", "build", "models", "corpora"),
-    *("plan", "sweep", "table", "gate", "show", "results", "recommend"),
-    *("selftest",),
+    *("plan", "sweep", "table", "gate", "show", "results", "recommend", "bench", "report"),
+    *("selftest", "compare"),
 )
 
 # What a full, read-only or wrongly named disk answers; anything else is a bug and shows itself.

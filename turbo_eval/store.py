@@ -117,7 +117,8 @@ def record_files(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += [p for p in sorted(path.rglob("*.json")) if not p.name.startswith(".")]
+            found = sorted(path.rglob("*.json"))
+            files += [p for p in found if not p.name.startswith(".") and p.parent.name != "bench"]
         elif path.exists():
             files.append(path)
         else:

@@ -251,7 +251,7 @@ def format_value(column: str, value: Any) -> str:
 _COMMON = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "machine", "tree")
 
 
-def _for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, list[str], list[list[str]]]:
+def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, list[str], list[list[str]]]:
     """(caption, column names, rows of text): what all rows share moves into the caption, and
     columns that belong together are joined."""
     same = [c for c in _COMMON if c in frame.columns and frame[c].nunique(dropna=False) == 1]
@@ -289,11 +289,11 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
     from rich.text import Text
 
     frame = to_frame(rows)
-    caption, columns, lines = _for_people(frame)
+    caption, columns, lines = for_people(frame)
     for end in range(1, len(_DISPENSABLE) + 1):
         if not width or _natural_width(columns, lines) <= width:
             break
-        caption, columns, lines = _for_people(frame, _DISPENSABLE[:end])
+        caption, columns, lines = for_people(frame, _DISPENSABLE[:end])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         left = column in ("K", "V", "status", *_COMMON)
@@ -306,7 +306,7 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
 
 def render_markdown(rows: Sequence[Summary]) -> str:
     """The table as GitHub renders it."""
-    caption, columns, lines = _for_people(to_frame(rows))
+    caption, columns, lines = for_people(to_frame(rows))
     left = ("K", "V", "status", *_COMMON)
     text = [caption, "", "| " + " | ".join(columns) + " |"]
     text.append("|" + "|".join(" --- " if c in left else " ---: " for c in columns) + "|")

@@ -1,0 +1,43 @@
+"""turbo-eval report: one page that shows what is on record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Write index.html (self-contained), report.md and figures/ (SVG, PNG).
+
+          turbo-eval report --out report
+        """
+    )(report)
+
+
+def report(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Record files or folders (default: results/).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
+) -> None:
+    from turbo_eval import report as reports
+    from turbo_eval.bench import read_bench
+    from turbo_eval.errors import IncompleteError
+    from turbo_eval.paths import results_dir
+    from turbo_eval.store import read_all
+    from turbo_eval.table import by_setting, summarize
+
+    places = results or [results_dir()]
+    records = read_all(places)
+    benches = [b for place in places if place.is_dir() for b in read_bench(place)]
+    if not records and not benches:
+        raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
+    if markdown:
+        groups = [rows for _, rows in by_setting(summarize(records))]
+        print(reports.markdown(groups, records, benches), end="")
+        return
+    print(reports.write_report(records, benches, out))
