@@ -1,0 +1,114 @@
+"""The Metal backend on the emulated device: a reduced list of `make test-metal`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "build/metal-emu"
+REWRITE = ROOT / "metal-emu/rewrite.py"
+
+KERNEL = """
+#include "common.h"
+constant int32_t FC_n [[function_constant(FC_X + 3)]];
+
+template<typename T, short N>
+kernel void kernel_scale(
+        constant args_t & args,
+        device const T * x, // a comment, with [[attribute]]
+        device       T * y,
+        threadgroup half * shmem [[threadgroup(0)]],
+        uint3  tgpig[[threadgroup_position_in_grid]],
+        ushort tiisg[[thread_index_in_simdgroup]]) {
+    threadgroup float part[N];
+}
+
+template [[host_name("kernel_scale_f32")]] kernel scale_t kernel_scale<float, 4>;
+
+kernel void kernel_plain(device char * x, UNKNOWN) {}
+"""
+
+
+def _tree(tmp_path: Path, kernel: str) -> Path:
+    metal = tmp_path / "ggml/src/ggml-metal"
+    (metal / "kernels").mkdir(parents=True)
+    (metal / "kernels/toy.metal").write_text(kernel)
+    for name in ("common.h", "dequantize.h", "quantize.h"):
+        (metal / "kernels" / name).write_text("")
+    (metal / "ggml-metal-device.m").write_text(
+        "#define GGML_METAL_LIBS \\\n    X(TOY, toy)\n\n"
+        "static const struct {\n    const char *              name;\n} devices;\n"
+        "ggml_metal_device_t ggml_metal_device_init(int device) {}\n"
+        "static bool ggml_metal_supports_mul_mat_op(void) { return true; }\n"
+        "static void ggml_metal_device_disable_tensor(void) {}\n"
+    )
+    (metal / "CMakeLists.txt").write_text("set(METALLIB_KERNEL_SOURCES\n    kernels/toy.metal\n)\n")
+    return tmp_path
+
+
+def _rewrite(tree: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REWRITE), str(tree), str(tree / "out")], capture_output=True, text=True
+    )
+
+
+def test_rewriter_turns_attributes_into_tables(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, KERNEL.replace(", UNKNOWN", ", uint i [[thread_position_in_grid]]"))
+    done = _rewrite(tree)
+    assert done.returncode == 0, done.stderr
+    text = (tree / "out/kernels/toy.cpp").read_text()
+    assert "[[" not in text
+    assert 'static emu::fc<int32_t> FC_n{&emu_tu, (FC_X + 3), "FC_n"};' in text
+    assert "auto & part = emu::tg_local<float[N]>(" in text
+    table = re.search(r"emu_b_kernel_scale\[\] = \{(.*?)\};", text)
+    assert table is not None
+    kinds = re.findall(r"bind_kind::(\w+), (\d+)", table.group(1))
+    assert kinds == [
+        ("buffer", "0"),
+        ("buffer", "1"),
+        ("buffer", "2"),
+        ("tgmem", "0"),
+        ("threadgroup_position_in_grid", "0"),
+        ("thread_index_in_simdgroup", "0"),
+    ]
+    assert '"kernel_scale_f32", &emu_tu, &emu::thunk<&kernel_scale<float, 4>>::run' in text
+    assert '"kernel_plain", &emu_tu' in text
+
+
+def test_rewriter_stops_at_what_it_does_not_know(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, KERNEL.replace(", UNKNOWN", ", uint i [[thread_of_the_day]]"))
+    done = _rewrite(tree)
+    assert done.returncode == 1
+    assert "kernel_plain: parameter attribute [[thread_of_the_day]] is not known" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_rewriter_wants_every_library_in_both_lists(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, "")
+    cmake = tree / "ggml/src/ggml-metal/CMakeLists.txt"
+    cmake.write_text(cmake.read_text().replace("toy.metal", "toy.metal\n    kernels/other.metal"))
+    done = _rewrite(tree)
+    assert done.returncode == 1
+    assert "GGML_METAL_LIBS and CMakeLists.txt differ in: other" in done.stderr
+
+
+@pytest.mark.metal
+def test_reduced_matrix() -> None:
+    if not (EMULATOR / "libggml-metal-emu.so").exists():
+        pytest.skip("the emulated Metal device is not built; run `make metal-emu` (needs clang 16 or newer)")
+    argv = [sys.executable, str(ROOT / "metal-emu/run_tests.py"), "--quick", "--only", "pairs"]
+    argv += ["--src", str(ROOT / "build/src"), "--bin", str(ROOT / "build/cpu/bin"), "--out", str(EMULATOR)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = {
+        op: int(n) for op, n in re.findall(r"^ok   pairs (\S+): (\d+) passed, 0 failed$", done.stdout, re.M)
+    }
+    # 14 pairs of f16, q8_0, turbo3 and turbo4
+    assert passed["FLASH_ATTN_EXT"] >= 14 * 18
+    assert passed["SET_ROWS"] >= 16
+    assert passed["rotation"] == 6
