@@ -72,6 +72,9 @@ def test_nan_is_read_as_nan() -> None:
 def test_gpu_lines() -> None:
     # Formats from src/llama-model.cpp and src/llama-context.cpp at the pin.
     state = parse.parse_effective(
+        "ggml_cuda_init: found 1 CUDA devices:\n"
+        "  Device 0: NVIDIA H100 80GB HBM3, compute capability 9.0, VMM: yes\n"
+        "ggml_metal_device_init: GPU family: MTLGPUFamilyApple8  (1008)\n"
         "llama_prepare_model_devices: using device CUDA0 (NVIDIA H100 80GB HBM3) (0000:01:00.0)\n"
         "load_tensors: offloaded 29/29 layers to GPU\n"
         "llama_kv_cache:      CUDA0 KV buffer size =     7.00 MiB\n"
@@ -80,6 +83,10 @@ def test_gpu_lines() -> None:
     assert (state.layers_offloaded, state.layers) == (29, 29)
     assert state.kv_devices == ("CUDA0",)
     assert state.graph_splits == 58
+    assert state.gpu == (
+        "Device 0: NVIDIA H100 80GB HBM3, compute capability 9.0, VMM: yes",
+        "GPU family: MTLGPUFamilyApple8  (1008)",
+    )
     assert state.devices == ("CUDA0 (NVIDIA H100 80GB HBM3)",)
 
 

@@ -76,7 +76,7 @@ class SweepSpec(_Strict):
         ubatch: physical batch in tokens.
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
         threads: CPU threads; None: all cores.
-        timeout: seconds a cell may take; None: no limit.
+        timeout: seconds a cell may take; None: as long as it goes on saying something.
     """
 
     name: str = "sweep"

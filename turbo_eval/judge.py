@@ -12,7 +12,9 @@ Verdict = tuple[Status, str]
 def judge_process(outcome: Outcome, timeout: float | None) -> Verdict | None:
     """How the process ended, if it ended badly."""
     if outcome.timed_out:
-        return "timeout", f"no result within {timeout:g} s"
+        if timeout is not None and outcome.seconds >= timeout:
+            return "timeout", f"no result within {timeout:g} s"
+        return "timeout", f"it said nothing for a long time and was ended after {outcome.seconds:.0f} s"
     if outcome.stopped or outcome.returncode == 0:
         return None
     refused = parse.refusal(outcome.text)

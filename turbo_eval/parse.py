@@ -28,6 +28,9 @@ _N_CTX_SEQ = re.compile(r"^llama_context: n_ctx_seq\s*=\s*(\d+)", re.M)
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _SPLITS = re.compile(r"graph\S*: nodes = .*?, splits = (.*?)(?:, input|$)", re.M)
 _DEVICE = re.compile(r"using device (\S+) \((.+?)\)")
+# ggml_cuda_init:   Device 0: NVIDIA H100 80GB HBM3, compute capability 9.0, VMM: yes
+# ggml_metal_device_init: GPU family: MTLGPUFamilyApple8  (1008)
+_GPU = re.compile(r"(?:^|: )\s*(Device \d+: .+?|GPU family: .+?)\s*$", re.M)
 # kv_anchor: auto -> on (anchor: 12/28 layers, …, K types: turbo4 x28, 4.250 bits per K value)
 _ANCHOR = re.compile(r"^kv_anchor: (?:.* -> )?((?:on|off)\b.*)$", re.M)
 _ANCHOR_BITS = re.compile(r"([\d.]+) bits per K value")
@@ -89,6 +92,7 @@ def parse_effective(text: str) -> Effective:
         ctx=int(n_ctx[1]) if n_ctx else None,
         ubatch=int(ubatch[1]) if ubatch else None,
         devices=tuple(dict.fromkeys(f"{name} ({what})" for name, what in _DEVICE.findall(text))),
+        gpu=tuple(dict.fromkeys(_GPU.findall(text))),
         layers_offloaded=int(offloaded[1]) if offloaded else None,
         layers=int(offloaded[2]) if offloaded else None,
         graph_splits=max(splits) if splits else None,

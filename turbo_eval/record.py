@@ -105,7 +105,8 @@ class Effective(_Frozen):
     `k`, `v` are ggml type names, joined by "+" if several caches differ. Sizes in MiB for the
     whole cache of `ctx` tokens. `graph_splits` is the scheduler's: a GPU run whose attention
     stays on the GPU has a handful, one that falls back has at least one a layer. `anchor` is "off" or
-    "on (…)" as printed; `k_bits` the mean bits per K value where the anchor mixes types over layers.
+    "on (…)" as printed; `gpu` its lines on the GPU's
+    compute capability or family; `k_bits` the mean bits per K value where the anchor mixes types over layers.
     """
 
     k: str | None = None
@@ -123,6 +124,7 @@ class Effective(_Frozen):
     ctx: int | None = None
     ubatch: int | None = None
     devices: tuple[str, ...] = ()
+    gpu: tuple[str, ...] = ()
     layers_offloaded: int | None = None
     layers: int | None = None
     graph_splits: int | None = None

@@ -57,23 +57,31 @@ def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecor
     found: dict[tuple[str, str, str], list[BenchRecord]] = {}
     for record in benches:
         found.setdefault((record.model, record.tree, record.backend), []).append(record)
-    return [(model, own) for (model, _, _), own in found.items()]
+    return [(model, sorted(own, key=_bench_rank)) for (model, _, _), own in found.items()]
+
+
+def _bench_rank(record: BenchRecord) -> tuple[int, float]:
+    """By depth, then from many bits to few."""
+    return record.depth, -(cache_type(record.k).bpv + cache_type(record.v).bpv)
 
 
 def verdict(rows: Sequence[Summary]) -> list[str]:
     """What a setting's rows say, in sentences."""
     said: list[str] = []
     failed = [r for r in rows if r.status != "ok"]
+    named: set[tuple[str, str]] = set()
     for limit in (1.0, 3.0):
         within = [r for r in rows if r.status == "ok" and r.delta_pct is not None and r.delta_pct <= limit]
         within = [r for r in within if r.bpv < 16]
-        if within:
-            best = min(within, key=lambda r: (r.bpv, r.delta_pct or 0))
-            said.append(
-                f"Within {limit:g} % of the baseline's perplexity, {best.k}/{best.v} is the smallest cache:"
-                f" {best.bpv:g} bits per value, {best.compression:.1f} times smaller than f16,"
-                f" ΔPPL {best.delta_pct:+.2f} %."
-            )
+        best = min(within, key=lambda r: (r.bpv, r.delta_pct or 0), default=None)
+        if best is None or (best.k, best.v) in named:
+            continue
+        named.add((best.k, best.v))
+        said.append(
+            f"Within {limit:g} % of the baseline's perplexity, {best.k}/{best.v} is the smallest cache:"
+            f" {best.bpv:g} bits per value, {best.compression:.1f} times smaller than f16,"
+            f" ΔPPL {best.delta_pct:+.2f} %."
+        )
     if not any(r.delta_pct is not None for r in rows):
         said.append("There is no baseline on record: no verdict.")
     elif not said:

@@ -19,6 +19,8 @@ from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.store import writing
 
 _PR_SET_PDEATHSIG = 1
+# A process that says nothing for this long hangs: llama-perplexity speaks after every chunk.
+SILENCE_LIMIT = 3600.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Outcome:
 
     Attributes:
         returncode: as subprocess has it: negative for a signal; None if we ended it.
-        timed_out: it outlived its limit (or its silence limit) and was ended.
+        timed_out: it outlived its limit, or said nothing for too long, and was ended.
         stopped: the callback asked for its end.
         text: everything it wrote, both streams in order.
         started: UTC, ISO 8601.
@@ -89,6 +91,7 @@ def run(
     log: Path,
     env: Mapping[str, str],
     timeout: float | None = None,
+    silence: float = SILENCE_LIMIT,
     on_text: Callable[[str], bool | None] | None = None,
     cwd: Path | None = None,
 ) -> Outcome:
@@ -96,6 +99,7 @@ def run(
 
     Args:
         timeout: seconds it may take in all.
+        silence: seconds it may go without any output.
         on_text: gets each piece of output; returns True to end the process.
 
     Raises:
@@ -103,7 +107,7 @@ def run(
         KeyboardInterrupt: passed on after the process was ended.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin = time.monotonic()
+    begin = heard = time.monotonic()
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         sink = log.open("wb", buffering=0)
@@ -131,17 +135,21 @@ def run(
             with selectors.DefaultSelector() as selector:
                 selector.register(process.stdout, selectors.EVENT_READ)
                 while True:
-                    left = None if timeout is None else timeout - (time.monotonic() - begin)
-                    if left is not None and left <= 0:
+                    now = time.monotonic()
+                    left = silence - (now - heard)
+                    if timeout is not None:
+                        left = min(left, timeout - (now - begin))
+                    if left <= 0:
                         timed_out = True
                         break
-                    if not selector.select(1.0 if left is None else min(left, 1.0)):
+                    if not selector.select(min(left, 1.0)):
                         if process.poll() is not None:
                             break  # a grandchild may still hold the pipe; the tool itself is done
                         continue
                     piece = os.read(process.stdout.fileno(), 1 << 16)
                     if not piece:
                         break
+                    heard = time.monotonic()
                     with writing(log):
                         sink.write(piece)
                     pieces.append(decoder.decode(piece))
@@ -154,16 +162,25 @@ def run(
         if timed_out or stopped:
             _end(process)
     returncode, cpu_seconds, peak_mib = _reap(process)
+    _CHILDREN.append(time.monotonic() - begin)
     return Outcome(
         returncode=None if timed_out or stopped else returncode,
         timed_out=timed_out,
         stopped=stopped,
         text="".join(pieces),
         started=started,
-        seconds=round(time.monotonic() - begin, 3),
+        seconds=round(_CHILDREN[-1], 3),
         cpu_seconds=round(cpu_seconds, 3),
         peak_mib=round(peak_mib, 1),
     )
+
+
+_CHILDREN: list[float] = []
+
+
+def seconds_in_children() -> float:
+    """Wall seconds that this process has spent in `run` so far: what is not the harness's own."""
+    return sum(_CHILDREN)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

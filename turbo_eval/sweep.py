@@ -34,7 +34,6 @@ class SweepResult:
 
     records: list[Record] = field(default_factory=list)
     reused: int = 0
-    seconds_in_llama: float = 0.0
 
 
 class InterruptedSweepError(TurboEvalError):
@@ -89,7 +88,6 @@ def run_sweep(
                 reporter.begin(number, job)
                 record = measurer(job)(job, bench, reporter.progress)
                 store.write(record)
-                result.seconds_in_llama += record.run.seconds
                 done[number] = record
                 reporter.end(number, record, reused=False)
     except KeyboardInterrupt:

@@ -58,7 +58,9 @@ class Summary:
 
     @property
     def kv_mib(self) -> float | None:
-        return next((r.effective.kv_mib for r in self.records if r.ok and r.effective.kv_mib), None)
+        """MiB of the cell's context; generation has contexts of its own and doesn't count."""
+        sized = (r for r in self.records if r.ok and r.cell.metric not in ("greedy", "needle"))
+        return next((r.effective.kv_mib for r in sized if r.effective.kv_mib), None)
 
     @property
     def compression(self) -> float:
@@ -207,20 +209,32 @@ def _columns(row: Summary) -> dict[str, Any]:
     }
 
 
-def wide(rows: Sequence[Summary], value: str = "ppl") -> pd.DataFrame:
-    """K × V matrix of one setting's `value` (a Summary attribute); failed cells as their status."""
+def wide(rows: Sequence[Summary], column: str = "PPL") -> pd.DataFrame:
+    """K × V matrix of one setting's `column` ("PPL", "ΔPPL %" or "KLD") as text; failed cells show
+    their status, pairs without a cell "·"."""
     import pandas as pd
 
-    frame = pd.DataFrame(
-        [{"K": r.k, "V": r.v, "value": getattr(r, value) if r.status == "ok" else r.status} for r in rows]
-    )
-    if frame.empty:
-        return frame
-    order = sorted(dict.fromkeys([*frame["K"], *frame["V"]]), key=lambda t: -cache_type(t).bpv)
-    matrix = frame.pivot_table(index="K", columns="V", values="value", aggfunc="first")
-    return matrix.reindex(
-        index=[t for t in order if t in matrix.index], columns=[t for t in order if t in matrix.columns]
-    )
+    frame = pd.DataFrame([_columns(row) for row in rows])
+    frame["shown"] = [
+        format_value(column, line[column]) if line["status"] == "ok" else line["status"]
+        for _, line in frame.iterrows()
+    ]
+    order = sorted({*frame["K"], *frame["V"]}, key=lambda t: -cache_type(t).bpv)
+    matrix = frame.pivot_table(index="K", columns="V", values="shown", aggfunc="first")
+    index = [t for t in order if t in matrix.index]
+    return matrix.reindex(index=index, columns=[t for t in order if t in matrix.columns]).fillna("·")
+
+
+def render_matrix(rows: Sequence[Summary], column: str) -> str:
+    """The K × V matrix as markdown, which a terminal can show as well."""
+    matrix = wide(rows, column)
+    lines = [f"| {column}: K \\ V | " + " | ".join(matrix.columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(matrix.columns))
+    lines += [
+        f"| {k} | " + " | ".join(line) + " |" for k, line in zip(matrix.index, matrix.values, strict=True)
+    ]
+    caption = f"{rows[0].model}, ctx {rows[0].ctx}, chunks {rows[0].chunks}, anchor {rows[0].anchor}"
+    return "\n".join([caption, "", *lines]) + "\n"
 
 
 _FORMATS = {

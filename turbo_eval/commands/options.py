@@ -46,7 +46,8 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="CPU threads (default: all cores).", show_default=False)
 ]
 Timeout = Annotated[
-    float | None, typer.Option(help="Seconds a cell may take (default: no limit).", show_default=False)
+    float | None,
+    typer.Option(help="Seconds a cell may take (default: until silent for an hour).", show_default=False),
 ]
 BinDir = Annotated[
     Path | None,

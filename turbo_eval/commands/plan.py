@@ -34,6 +34,7 @@ def plan(
     bin_dir: o.BinDir = None,
     results: o.Results = None,
 ) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -63,17 +64,22 @@ def plan(
     store = Store(results or results_dir(), machine().id)
     known = store.all()
     status = {record.key: record.status for record in known}
-    table = Table("#", "key", "model", "K", "V", "metric", "ctx", "chunks", "anchor", "estimate", "on record")
+    columns = ("model", "K/V", "metric", "ctx", "chunks", "anchor", "estimate", "record")
+    console = Console()
+    wide = console.width >= 110
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("#", *columns, *(("key",) if wide else ())):
+        table.add_column(name, no_wrap=True)
     left = 0.0
     for number, job in enumerate(made.jobs, start=1):
         cell = job.cell
         have = status.get(cell.key())
         seconds = estimate_seconds(job, known, made.threads)
         left += 0 if have == "ok" else seconds
-        row = [str(number), cell.key(), cell.model, cell.k, cell.v, cell.metric, str(cell.ctx)]
+        row = [str(number), cell.model, f"{cell.k}/{cell.v}", cell.metric, str(cell.ctx)]
         row += [str(cell.chunks), cell.anchor, "" if have == "ok" else f"{seconds:.0f} s", have or "–"]
+        row += [cell.key()] if wide else []
         table.add_row(*row, style="dim" if have == "ok" else None)
-    console = Console()
     console.print(table)
     to_do = sum(status.get(job.cell.key()) != "ok" for job in made.jobs)
     console.print(f"{to_do} of {len(made.jobs)} cells to run, roughly {left / 60:.1f} min.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +53,7 @@ def sweep(
     from turbo_eval.plan import make_plan
     from turbo_eval.progress import live
     from turbo_eval.provenance import collect
+    from turbo_eval.runner import seconds_in_children
     from turbo_eval.store import Store
     from turbo_eval.sweep import run_sweep
     from turbo_eval.table import by_setting, json_rows, render_rich, summarize
@@ -79,8 +81,16 @@ def sweep(
     plan = make_plan(spec, build)
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
+    began, before = time.monotonic(), seconds_in_children()
     with live(plan) as reporter:
         result = run_sweep(plan, provenance, store, reporter, fresh=fresh)
+    llama = seconds_in_children() - before
+    own = time.monotonic() - began - llama
+    ran = len(result.records) - result.reused
+    print(
+        f"{ran} cells run, {result.reused} on record; {llama:.1f} s in llama.cpp, {own:.1f} s here",
+        file=sys.stderr,
+    )
     rows = summarize(result.records, spec.baseline)
     if as_json:
         by_key: dict[str, dict[str, Any]] = {r["key"]: r for r in json_rows(rows)}

@@ -20,11 +20,21 @@ class Format(StrEnum):
     json = "json"
 
 
+class Matrix(StrEnum):
+    """Figures that --matrix lays out."""
+
+    ppl = "ppl"
+    delta = "delta"
+    kld = "kld"
+
+
 def register(app: typer.Typer) -> None:
     app.command(
         help="""Compare what is on record: K × V with ΔPPL, error bars, bits and sizes.
 
           turbo-eval table
+
+          turbo-eval table --matrix kld
 
           turbo-eval table results/my-machine --format markdown > table.md
         """
@@ -37,6 +47,7 @@ def table(
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.rich,
     baseline: o.Baseline = None,
+    matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
     from turbo_eval import table as tables
     from turbo_eval.cache_types import parse_pair
@@ -48,7 +59,10 @@ def table(
     if not records:
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
     rows = tables.summarize(records, parse_pair(baseline) if baseline else None)
-    if form is Format.rich:
+    if matrix is not None:
+        names = {Matrix.ppl: "PPL", Matrix.delta: "ΔPPL %", Matrix.kld: "KLD"}
+        print("\n".join(tables.render_matrix(group, names[matrix]) for _, group in tables.by_setting(rows)))
+    elif form is Format.rich:
         from rich.console import Console
 
         console = Console()

@@ -151,7 +151,7 @@ class BaseLogits:
             logits_out=scratch,
         )
         try:
-            outcome, info = execute(argv, bench, bench.store.log_path(cell), on_progress)
+            outcome, info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
             record = conclude(cell, outcome, info, bench)
             if not record.ok:
                 raise BaseFailedError(record)

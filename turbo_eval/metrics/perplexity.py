@@ -12,7 +12,7 @@ from turbo_eval.config import Metric
 from turbo_eval.metrics.base_logits import BaseFailedError, BaseLogits
 from turbo_eval.plan import Job, batched_cell
 from turbo_eval.provenance import Provenance
-from turbo_eval.record import Cell, Decode, Effective, Record, Run
+from turbo_eval.record import Cell, Decode, Effective, Record, Run, finite
 from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
 from turbo_eval.store import Store
 from turbo_eval.tool import perplexity_argv
@@ -60,19 +60,33 @@ def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
         anchor=job.anchor,
         logits_base=base,
     )
-    outcome, run_info = execute(argv, bench, bench.store.log_path(cell), on_progress)
+    outcome, run_info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
     return conclude(cell, outcome, run_info, bench)
 
 
-def execute(argv: list[str], bench: Bench, log: Path, on_progress: OnProgress) -> tuple[Outcome, Run]:
-    """Run llama-perplexity, following its progress."""
+def execute(
+    cell: Cell, argv: list[str], bench: Bench, log: Path, on_progress: OnProgress
+) -> tuple[Outcome, Run]:
+    """Run llama-perplexity, following its progress; hopeless runs are ended early.
+
+    Hopeless: what runs is not what was asked for, or the running perplexity is no number any more.
+    """
     env, removed = child_environment()
     scanner = parse.ProgressScanner()
 
+    seen: list[str] = []
+
     def follow(text: str) -> bool:
-        if scanner.feed(text):
-            on_progress(scanner.chunk, scanner.total, scanner.ppl)
-        return False
+        if scanner.total is None:
+            seen.append(text)
+        if not scanner.feed(text):
+            return False
+        on_progress(scanner.chunk, scanner.total, scanner.ppl)
+        if seen:  # the start-up lines are complete
+            state = parse.parse_effective("".join(seen))
+            seen.clear()
+            return judge.judge_state(cell, state) is not None
+        return scanner.ppl is not None and not finite(scanner.ppl)
 
     outcome = run(argv, log=log, env=env, timeout=bench.timeout, on_text=follow)
     info = Run(
