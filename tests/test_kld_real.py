@@ -78,25 +78,24 @@ def test_kld_is_that_of_the_command_run_by_hand(cli: Cli, tmp_path: Path) -> Non
     assert "0 of 3 cells to run" in plan.stdout and "Base logits: 12 MiB, in the cache" in plan.stdout
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "other model"])
-def test_damaged_base_is_noticed_and_computed_again(cli: Cli, tmp_path: Path, damage: str) -> None:
-    args = ("--pairs", "f16:f16,q4_0:q4_0", "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json")
+def test_damaged_base_is_noticed_and_computed_again(cli: Cli, tmp_path: Path) -> None:
+    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json")
     first = cli.sweep(*args)
     assert first.returncode == 0, first.stderr
     base = base_file(tmp_path)
-    good = base.read_bytes()
-    if damage == "truncated":
-        base.write_bytes(good[:-1000])
-    elif damage == "changed":
-        base.write_bytes(good[:-1000] + bytes(1000))
-    else:
-        note = json.loads(base.with_suffix(".json").read_text())
-        base.with_suffix(".json").write_text(json.dumps(note | {"key": "0" * 16}))
-    again = cli.sweep(*args, "--fresh")
-    assert again.returncode == 0, again.stderr
-    assert base.read_bytes() == good
-    numbers = [[(r["ppl"], r["kld"]) for r in json.loads(done.stdout)] for done in (first, again)]
-    assert numbers[0] == numbers[1]
+    good, note = base.read_bytes(), base.with_suffix(".json")
+    numbers = [(r["ppl"], r["kld"]) for r in json.loads(first.stdout)]
+    for damage in ("truncated", "changed", "other model"):
+        if damage == "truncated":
+            base.write_bytes(good[:-1000])
+        elif damage == "changed":
+            base.write_bytes(good[:-1000] + bytes(1000))
+        else:
+            note.write_text(json.dumps(json.loads(note.read_text()) | {"key": "0" * 16}))
+        again = cli.sweep(*args, "--fresh")
+        assert again.returncode == 0, again.stderr
+        assert base.read_bytes() == good, damage
+        assert [(r["ppl"], r["kld"]) for r in json.loads(again.stdout)] == numbers
 
 
 def test_a_base_that_fails_is_a_status_of_the_cells(cli: Cli, tmp_path: Path, build: Build) -> None:
@@ -140,7 +139,10 @@ def test_over_the_cap_is_refused(cli: Cli) -> None:
 
 
 def test_decode_path(cli: Cli, tmp_path: Path, build: Build) -> None:
-    args = ("--pairs", "f16:f16,q4_0:q4_0", "--metrics", "ppl,decode", "--ctx", "256", "--chunks", "2")
+    # Few tokens, so a wide bound: rounding alone moves f16 by a percent or two here.
+    config = tmp_path / "decode.toml"
+    config.write_text("decode = { chunks = 1, bound_pct = 6 }\n")
+    args = (config, "--pairs", "f16:f16,q4_0:q4_0", "--metrics", "ppl,decode", "--ctx", "96", "--chunks", "1")
     done = cli.sweep(*args, "--json")
     assert done.returncode == 0, done.stderr
     decode = [r for r in json.loads(done.stdout) if r["metric"] == "decode"]
@@ -148,7 +150,7 @@ def test_decode_path(cli: Cli, tmp_path: Path, build: Build) -> None:
     assert {r["ubatch"] for r in decode} == {1}
     for row in decode:
         assert row["decode"]["ppl_batched"] == pytest.approx(batched[row["k"]], abs=1e-4)
-        assert abs(row["decode"]["delta_pct"]) < row["decode"]["bound_pct"] == 2
+        assert abs(row["decode"]["delta_pct"]) < row["decode"]["bound_pct"] == 6
 
     # a fault that only the one-token path has: there, another RoPE scale
     rule = 'case "$*" in *"-ub 1 "*"-ctv q4_0"*) exec "$REAL" "$@" --rope-freq-scale 0.4;; esac'
