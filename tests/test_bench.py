@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Cli
+from tests.harness import Cli, one_sentence
 from tests.records import make_record, provenance
 from turbo_eval.bench import UNVERIFIED, BenchRecord, quality
 from turbo_eval.build import Build
+from turbo_eval.corpora import CorpusFile
 from turbo_eval.errors import UsageError
 from turbo_eval.gguf_info import read_gguf_info
 from turbo_eval.synthetic import Shape, parse_shape, synthetic_model
@@ -114,3 +115,15 @@ def test_bad_usage(tmp_path: Path, build: Build, args: tuple[str, ...]) -> None:
     cli = Cli(tmp_path, build.bin_dir)
     done = cli.run("bench", *args, "--bin-dir", cli.bin_dir, "--pairs", "q8_0:q8_0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_block_that_does_not_divide_head_dim(
+    tmp_path: Path, build: Build, prose: CorpusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    with monkeypatch.context() as patch:
+        patch.setenv("TURBO_EVAL_CACHE", str(tmp_path / "cache"))
+        model = synthetic_model(parse_shape("tiny,head_dim=80"))
+    done = cli.sweep("--model", model, "--pairs", "f16:f16,f16:q8_0")
+    assert done.returncode == 2 and one_sentence(done.stderr)
+    assert "q8_0 works on blocks of 32 values, which do not divide head_dim 80 of V" in done.stderr

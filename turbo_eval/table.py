@@ -22,8 +22,9 @@ class Summary:
     """All that is on record for one pair in one setting: a row of the table.
 
     `delta_pct` is against the baseline of the same model, text, build, anchor and machine;
-    None without a baseline: no baseline, no verdict. `compression` is f16 size / this size.
-    `status` is "ok" or the first failure among the pair's cells.
+    None without a baseline: no baseline, no verdict. `delta_err_pct` is its paired standard error,
+    known where the pair was run against the f16 base and f16 is the baseline. `compression` is f16
+    size / this size, `status` "ok" or the first failure among the pair's cells.
     """
 
     machine: str
@@ -40,6 +41,7 @@ class Summary:
     ppl: float | None
     ppl_err: float | None
     delta_pct: float | None
+    delta_err_pct: float | None
     status: str
     detail: str
 
@@ -145,6 +147,7 @@ def _summary(k: str, v: str, group: list[Record], reference: Record | None) -> S
         ppl=ppl,
         ppl_err=best.ppl_err if best else None,
         delta_pct=delta,
+        delta_err_pct=_paired_error(group, reference) if delta is not None else None,
         status=failed.status if failed else "ok",
         detail=failed.detail if failed else "",
     )
@@ -156,6 +159,14 @@ def by_setting(rows: Sequence[Summary]) -> list[tuple[tuple[str, ...], list[Summ
     for row in rows:
         groups.setdefault(setting(row.records[0]), []).append(row)
     return list(groups.items())
+
+
+def _paired_error(group: list[Record], reference: Record | None) -> float | None:
+    """Standard error of ΔPPL % over the same tokens; 0 errors of the baseline itself say nothing."""
+    if reference is None or (reference.cell.k, reference.cell.v) != ("f16", "f16"):
+        return None
+    kld = next((r.kld for r in group if r.ok and r.kld is not None), None)
+    return 100 * kld.ratio_err if kld is not None and kld.ratio_err is not None else None
 
 
 def to_frame(rows: Sequence[Summary]) -> pd.DataFrame:
@@ -195,6 +206,7 @@ def _columns(row: Summary) -> dict[str, Any]:
         "PPL": row.ppl,
         "± PPL": row.ppl_err,
         "ΔPPL %": row.delta_pct,
+        "± ΔPPL %": row.delta_err_pct,
         "KLD": kld.mean if kld else None,
         "± KLD": kld.mean_err if kld else None,
         "KLD 99 %": kld.p99 if kld else None,
@@ -241,6 +253,7 @@ _FORMATS = {
     "PPL": "{:.4f}",
     "± PPL": "{:.2f}",
     "ΔPPL %": "{:+.2f}",
+    "± ΔPPL %": "{:.2f}",
     "KLD": "{:.5f}",
     "± KLD": "{:.5f}",
     "KLD 99 %": "{:.4f}",
@@ -275,7 +288,7 @@ def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, l
     for _, line in frame.iterrows():
         texts = {c: format_value(c, line[c]) for c in frame.columns}
         texts["bpv K"] = f"{texts['bpv K']}/{texts['bpv V']}"
-        for c in ("PPL", "KLD"):
+        for c in ("PPL", "ΔPPL %", "KLD"):
             if texts.get(f"± {c}", "–") != "–" and f"± {c}" not in without:
                 texts[c] += f" ± {texts[f'± {c}']}"
         rows.append([texts[c] for c in columns])
@@ -287,8 +300,18 @@ def _natural_width(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> in
     return sum(widths) + 2 * len(widths) + 2
 
 
-_DISPENSABLE = ("KLD 99 %", "± KLD", "× smaller", "KV MiB", "± PPL", "corpus", "needle", "decode Δ %")
-_JOINED = ("bpv V", "± PPL", "± KLD")
+_DISPENSABLE = (
+    "KLD 99 %",
+    "± KLD",
+    "× smaller",
+    "± ΔPPL %",
+    "± PPL",
+    "KV MiB",
+    "corpus",
+    "needle",
+    "decode Δ %",
+)
+_JOINED = ("bpv V", "± PPL", "± ΔPPL %", "± KLD")
 _HEADINGS = {"bpv K": "bpv"}
 
 
