@@ -81,3 +81,5 @@ patches-rebase: setup ## move the pin: make patches-rebase REV=b10234
 
 clean: ## remove builds and the worktree (edits in build/src are lost), keep .venv and downloads
 	@rm -rf build && if [ -e llama.cpp/.git ]; then git -C llama.cpp worktree prune; fi
+
+include metal-emu/targets.mk

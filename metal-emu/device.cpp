@@ -312,7 +312,9 @@ ggml_metal_device_t ggml_metal_device_init(int device, int n_devices) {
     dev->library = ggml_metal_library_init(dev);
     g_dev = dev;
 
-    GGML_LOG_INFO("%s: %s (%s), MTLGPUFamilyApple%d\n", __func__, p.name, p.desc, p.gpu_family);
+    // the lines a Mac prints, for those who read them
+    GGML_LOG_INFO("%s: GPU name:   %s (%s)\n", __func__, p.name, p.desc);
+    GGML_LOG_INFO("%s: GPU family: MTLGPUFamilyApple%d  (%d)\n", __func__, p.gpu_family, 1000 + p.gpu_family);
     return dev;
 }
 
