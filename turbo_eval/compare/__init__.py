@@ -41,7 +41,7 @@ def compare(a: Side, b: Side) -> Comparison:
     """
     matched = match(a, b)
     found = [difference for pair in matched.pairs for difference in differences(*pair)]
-    tested = max(1, sum(d.delta is not None for d in found))
+    tested = max(1, sum(bool(d.delta) for d in found))  # what is equal cannot be a false alarm
     differing = [d for d in found if d.beyond_noise(ALPHA / tested)]
     differing.sort(key=lambda d: (d.status_a == d.status_b, d.p, -abs(d.delta or 0)))
     agreeing = [d for d in found if d not in differing]

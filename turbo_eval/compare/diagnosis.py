@@ -17,7 +17,7 @@ _PROVENANCE: dict[str, Callable[[Record], str]] = {
     "K type": lambda r: r.cell.k,
     "V type": lambda r: r.cell.v,
     "backend": lambda r: r.cell.backend,
-    "K anchor": lambda r: r.effective.anchor or "off",
+    "K anchor": lambda r: (r.effective.anchor or "off").replace("off (K is not quantized)", "off"),
     "environment": lambda r: " ".join(f"{n}={x}" for n, x in r.cell.env.items()) or "none",
     "ubatch": lambda r: str(r.cell.ubatch),
     "patched tree": lambda r: r.cell.tree[:16] + (" (dirty)" if r.provenance.dirty else ""),

@@ -43,9 +43,15 @@ def _line(d: Difference, differs: bool) -> list[str]:
         for value, status in ((d.a, d.status_a), (d.b, d.status_b))
     ]
     failed = d.status_a == d.status_b != "ok"
-    verdict = "differs" if differs else "fails on both" if failed else "same"
+    verdict = "differs" if differs else "fails on both" if failed else _agreement(d)
     cell = d.record_a.cell
     return [cell.model, str(cell.ctx), d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
+
+
+def _agreement(d: Difference) -> str:
+    if not d.delta:
+        return "same"
+    return "unclear: score more chunks" if d.p < 0.05 else "within noise"
 
 
 def _table(result: Comparison) -> tuple[str, list[str], list[list[str]]]:

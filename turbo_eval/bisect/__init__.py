@@ -1,0 +1,192 @@
+"""Which commit made a cell bad: build, run the one cell, tell git, until it names the first bad one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from turbo_eval.bisect.builder import Builder
+from turbo_eval.bisect.condition import Condition, numbers
+from turbo_eval.bisect.history import History, UntestableError, bisect_dir, search
+from turbo_eval.config import Metric, SweepSpec
+from turbo_eval.corpora import default_name, resolve_corpus
+from turbo_eval.errors import UsageError
+from turbo_eval.models import resolve_model
+from turbo_eval.paths import results_dir
+from turbo_eval.plan import Job, make_plan
+from turbo_eval.provenance import collect, machine
+from turbo_eval.record import Record, Status
+from turbo_eval.store import Store
+from turbo_eval.sweep import run_sweep
+
+__all__ = ["Bisection", "Condition", "Estimate", "Measured", "Outcome", "UntestableError"]
+
+# A cell that ends like this is as bad as a bad number.
+BAD_STATUS: frozenset[Status] = frozenset(
+    {"nan", "crash", "timeout", "no-result", "state-mismatch", "cpu-fallback", "decode-mismatch"}
+)
+
+_IS = {"good": "is good", "bad": "is bad", "skip": "cannot be tested"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A revision with its verdict: "good", "bad" or "skip", and the number or reason in words."""
+
+    commit: str
+    verdict: str
+    words: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`first_bad` and the revision before it; None with `candidates` if skips hide the answer."""
+
+    first_bad: Measured | None
+    before: Measured | None
+    candidates: tuple[str, ...]
+    tested: tuple[Measured, ...]
+    builds: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """For --dry-run. Seconds; None where nothing was built or measured here yet."""
+
+    commits: int
+    steps: int
+    builds: int
+    first_build: float | None
+    cell: float | None
+
+
+@dataclass
+class Bisection:
+    """A search over `history` from `good` to `bad` (full commit ids).
+
+    `spec` asks for one pair and metric; `say` hears one line a step.
+    """
+
+    history: History
+    good: str
+    bad: str
+    spec: SweepSpec
+    condition: Condition
+    builder: Builder
+    say: Callable[[str], None]
+    baseline: float | None = None
+    _tested: dict[str, Measured] = field(default_factory=dict)
+
+    def estimate(self) -> Estimate:
+        """How far it is, without building anything."""
+        commits = len(self.history.between(self.good, self.bad))
+        steps = math.ceil(math.log2(commits)) if commits > 1 else 0
+        ends = 1 + (commits == 1)
+        return Estimate(commits, steps, steps + ends, self.builder.estimate_seconds(), self._cell_seconds())
+
+    def _cell_seconds(self) -> float | None:
+        """The median time of this model's records here, for as much text; None without any."""
+        work = self.spec.ctx[0] * self.spec.chunks * len(self.spec.pairs)
+        known = [r for store in self._stores() for r in store.all()]
+        rates = sorted(
+            r.run.seconds / (r.cell.ctx * r.cell.chunks)
+            for r in known
+            if r.ok and r.cell.metric == self.metric and r.cell.model in self.spec.models
+        )
+        return work * rates[len(rates) // 2] if rates else None
+
+    @staticmethod
+    def _stores() -> tuple[Store, Store]:
+        here = machine().id
+        return Store(bisect_dir() / "results", here), Store(results_dir(), here)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric the verdict is on; a decode cell brings its batched one along."""
+        return self.spec.metrics[0]
+
+    def run(self) -> Outcome:
+        """Search. Interrupted, it can be run again: builds and numbers are kept by tree.
+
+        Raises:
+            UsageError: the good revision is bad, the bad one good, or one of them cannot be tested.
+        """
+        self.history.between(self.good, self.bad)
+        # What is wrong with the request would otherwise look like revisions that cannot be tested.
+        for name in self.spec.models:
+            resolve_model(name)
+        resolve_corpus(default_name() if self.spec.corpus == "default" else self.spec.corpus)
+        good = self.measure(self.good)
+        if good.verdict != "good":
+            raise UsageError(
+                f"--good {self.good[:12]} {_IS[good.verdict]}: {good.words}", "name another revision"
+            )
+        with search(self.history, self.good, self.bad) as state:
+            while state.current:
+                state.judge(self.measure(state.current).verdict)
+        if not state.first_bad:
+            return Outcome(None, None, state.candidates, tuple(self._tested.values()), self.builder.made)
+        first = self.measure(state.first_bad)
+        if first.verdict != "bad":
+            raise UsageError(
+                f"--bad {first.commit[:12]} {_IS[first.verdict]}: {first.words}",
+                f"check that it fulfils {self.condition.text!r}",
+            )
+        before = self._tested.get(self.history.commit(f"{first.commit}^"))
+        return Outcome(first, before, (), tuple(self._tested.values()), self.builder.made)
+
+    def measure(self, commit: str) -> Measured:
+        """Build and run one revision, once."""
+        if commit not in self._tested:
+            self._tested[commit] = found = self._measure(commit)
+            self.say(f"{found.verdict:4}  {self.history.subject(commit)}: {found.words}")
+        return self._tested[commit]
+
+    def _measure(self, commit: str) -> Measured:
+        try:
+            records = self._records(self.history.llama_commit(commit))
+        except UntestableError as error:
+            return Measured(commit, "skip", error.message)
+        of_metric = {r.cell.pair(): r for r in records if r.cell.metric == self.metric}
+        record = of_metric[":".join(self.spec.pairs[-1])]
+        for each in (record, *records):
+            if not each.ok:
+                words = f"{each.cell.pair()} is {each.status}: {each.detail}"
+                return Measured(commit, "bad" if each.status in BAD_STATUS else "skip", words)
+        values = numbers(record)
+        exact = of_metric.get("f16:f16")
+        if exact is not None and exact.ppl is not None:
+            values["f16"] = exact.ppl
+        subject = values[self.condition.subject]
+        if self.baseline is None:  # the first revision measured is the good one
+            self.baseline = subject
+        bad = self.condition.holds(values | {"baseline": self.baseline})
+        words = ", ".join(f"{name} {values[name]:.6g}" for name in values if name in self.condition.names)
+        return Measured(commit, "bad" if bad else "good", words, subject)
+
+    def _records(self, llama_commit: str) -> list[Record]:
+        build = self.builder.build(llama_commit)
+        try:
+            plan = make_plan(self.spec, build)
+        except UsageError as error:
+            # The type or option came later in history.
+            raise UntestableError(error.message) from None
+        return run_sweep(plan, collect(build), self._stores()[0], _Silent()).records
+
+
+class _Silent:
+    """A sweep that says nothing: a bisection speaks in revisions."""
+
+    def begin(self, number: int, job: Job) -> None:
+        pass
+
+    def progress(self, chunk: int, total: int | None, ppl: float | None) -> None:
+        pass
+
+    def end(self, number: int, record: Record, *, reused: bool) -> None:
+        pass
+
+    def waiting(self, number: int, job: Job) -> None:
+        pass

@@ -1,0 +1,101 @@
+"""The `--bad-if` condition: arithmetic and comparisons over a cell's numbers, nothing else."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from turbo_eval.errors import UsageError
+from turbo_eval.record import Record
+
+# `baseline` is the number that the condition's first name has at the good revision; `f16` the
+# perplexity of f16:f16 at the same revision.
+NAMES = ("ppl", "ppl_err", "kld", "kld_p99", "same_top", "baseline", "f16")
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+class Condition:
+    """A parsed condition, e.g. `ppl > 1.05 * baseline`.
+
+    Attributes:
+        text: as given.
+        names: what it uses.
+        subject: its first measured name; `baseline` is that number at the good revision.
+
+    Raises:
+        UsageError: not a comparison of known names and numbers.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            self._tree = ast.parse(text, mode="eval").body
+        except SyntaxError:
+            raise _unreadable(text, "it is no expression") from None
+        if not isinstance(self._tree, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+            raise _unreadable(text, "it compares nothing")
+        found = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
+        for name in found:
+            if name not in NAMES:
+                near = get_close_matches(name, NAMES, n=1)
+                meant = f"perhaps you meant {near[0]}; " if near else ""
+                raise UsageError(
+                    f"--bad-if {text!r}: unknown name {name}", f"{meant}known: {', '.join(NAMES)}"
+                )
+        self.names = frozenset(found)
+        measured = [name for name in found if name not in ("baseline", "f16")]
+        if not measured:
+            raise _unreadable(text, "it names no number of the cell")
+        self.subject = measured[0]
+        self.holds(dict.fromkeys(NAMES, 1.0))
+
+    def holds(self, values: Mapping[str, float]) -> bool:
+        """Evaluate it."""
+        return bool(self._value(self._tree, values))
+
+    def _value(self, node: ast.expr, values: Mapping[str, float]) -> Any:
+        match node:
+            case ast.Name(id=name):
+                return values[name]
+            case ast.Constant(value=int() | float() as number):
+                return float(number)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return _BINARY[type(op)](self._value(left, values), self._value(right, values))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._value(operand, values)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not self._value(operand, values)
+            case ast.BoolOp(op=op, values=parts):
+                every = all if isinstance(op, ast.And) else any
+                return every(self._value(part, values) for part in parts)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+                return _COMPARE[type(op)](self._value(left, values), self._value(right, values))
+            case _:
+                raise _unreadable(self.text, f"{ast.unparse(node)} is not understood")
+
+
+def _unreadable(text: str, why: str) -> UsageError:
+    return UsageError(f"--bad-if {text!r} cannot be used: {why}", "write it like 'ppl > 1.05 * baseline'")
+
+
+def numbers(record: Record) -> dict[str, float]:
+    """What a good record offers to a condition."""
+    found = {"ppl": record.ppl, "ppl_err": record.ppl_err}
+    if record.kld is not None:
+        found |= {"kld": record.kld.mean, "kld_p99": record.kld.p99, "same_top": record.kld.same_top_pct}
+    return {name: value for name, value in found.items() if value is not None}
