@@ -1,0 +1,79 @@
+"""turbo-eval probe: two configurations over the same tokens, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turbo_eval.commands import options as o
+
+
+class Form(StrEnum):
+    """Output formats."""
+
+    markdown = "markdown"
+    json = "json"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        help="""Find the first layer and tensor where a cache goes wrong.
+
+        Runs the same tokens through two configurations and follows Q, K and V of each layer through
+        rotation, anchor, cache and attention. Each step is judged by its own input: a layer is not
+        blamed for the errors of those before it. Exit code 0: every step follows; 1: one doesn't, or
+        a type costs far more than it should; it is named.
+
+          turbo-eval probe qwen2.5-coder-0.5b --a k=f16,v=f16 --b k=turbo4,v=turbo3,anchor=off
+
+          turbo-eval probe my.gguf --a backend=cpu,k=turbo4,v=turbo4 --b backend=cuda,k=turbo4,v=turbo4
+        """
+    )(probe)
+
+
+def probe(
+    model: Annotated[str, typer.Argument(help="Model by name or path.")],
+    a: Annotated[str, typer.Option("--a", help="backend=,k=,v=,anchor=,bin=,env.NAME=")] = "k=f16,v=f16",
+    b: Annotated[
+        str, typer.Option("--b", help="The configuration to judge, likewise.")
+    ] = "k=turbo4,v=turbo4",
+    corpus: o.Corpus = None,
+    tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens to evaluate, in one batch.")] = 96,
+    threads: o.Threads = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot over layers (PNG, SVG).")] = None,
+    form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.markdown,
+    keep: Annotated[Path | None, typer.Option(help="Keep the tensors (GGUF) and logs here.")] = None,
+) -> None:
+    import tempfile
+
+    from turbo_eval.corpora import default_name, resolve_corpus
+    from turbo_eval.models import resolve_model
+    from turbo_eval.probe import Setup, compare, render, take
+
+    setups = [Setup.parse(a), Setup.parse(b)]
+    gguf, text = resolve_model(model).path, resolve_corpus(corpus or default_name()).path
+    with tempfile.TemporaryDirectory(prefix="turbo-eval-probe-") as scratch:
+        folder = keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        sides = [
+            take(
+                setup,
+                model=gguf,
+                text=text,
+                tokens=tokens,
+                threads=threads or os.cpu_count() or 1,
+                folder=folder,
+                name=name,
+            )
+            for name, setup in zip("ab", setups, strict=True)
+        ]
+        result = compare(*sides)
+    if plot:
+        render.plot(result, plot)
+    print(render.render_json(result) if form is Form.json else render.render_markdown(result), end="")
+    if result.faulty:
+        raise typer.Exit(1)
