@@ -231,7 +231,40 @@ std::vector<uint8_t *> stacks; // top of each
 std::vector<simdgroup> groups;
 void                 * sched_sp = nullptr;
 
-void yield() { emu_switch(&cur->sp, sched_sp); }
+bool runnable(const fiber & f) {
+    return f.state == READY || (f.state == WAIT_SIMD && f.sg->gen != f.waiting);
+}
+
+// the pass over the lanes of a simdgroup that is under way
+struct pass_t {
+    fiber * f0    = nullptr; // lane 0
+    int     lanes = 0;
+    int     at    = 0;
+    uint8_t lane[SIMD_WIDTH]; // the order
+} pass;
+
+// the next lane of the pass that can run, or null at its end
+fiber * next_lane() {
+    while (pass.at < pass.lanes) {
+        fiber & f = pass.f0[pass.lane[pass.at++]];
+        if (runnable(f)) {
+            f.state = READY;
+            return &f;
+        }
+    }
+    return nullptr;
+}
+
+// straight to the next lane; the scheduler is needed only at the end of a pass
+void yield() {
+    fiber * me = cur;
+    if (fiber * f = next_lane()) {
+        cur = f;
+        emu_switch(&me->sp, f->sp);
+    } else {
+        emu_switch(&me->sp, sched_sp);
+    }
+}
 
 void finish_collective(simdgroup & g) {
     const int parity = g.gen & 1;
@@ -282,10 +315,6 @@ void prepare(fiber & f, uint8_t * top) {
     f.sp = sp;
 }
 
-bool runnable(const fiber & f) {
-    return f.state == READY || (f.state == WAIT_SIMD && f.sg->gen != f.waiting);
-}
-
 void run_threadgroup(const dispatch & d) {
     const int n  = (int) (d.group.x*d.group.y*d.group.z);
     const int ng = (n + SIMD_WIDTH - 1)/SIMD_WIDTH;
@@ -322,30 +351,27 @@ void run_threadgroup(const dispatch & d) {
 
     static std::vector<uint16_t> gorder;
     gorder.resize(ng);
-    uint8_t lorder[SIMD_WIDTH];
+    order_t & ord = order();
+    pass.lanes = 0;
 
     for (;;) {
         int done = 0, at_barrier = 0;
         bool progress = false;
-        order().permute(gorder.data(), ng);
+        ord.permute(gorder.data(), ng);
         for (int gi = 0; gi < ng; ++gi) {
             simdgroup & g = groups[gorder[gi]];
             const int lanes = std::min(SIMD_WIDTH, n - g.index*SIMD_WIDTH);
             fiber * f0 = &fibers[g.index*SIMD_WIDTH];
             for (;;) {
-                bool any = false;
-                order().permute(lorder, lanes);
-                for (int l = 0; l < lanes; ++l) {
-                    fiber & f = f0[lorder[l]];
-                    if (runnable(f)) {
-                        any = true;
-                        f.state = READY;
-                        cur = &f;
-                        emu_switch(&sched_sp, f.sp);
-                        cur = nullptr;
-                    }
-                }
-                if (!any) { break; }
+                if (ord.kind == RANDOM || pass.lanes != lanes) { ord.permute(pass.lane, lanes); }
+                pass.f0    = f0;
+                pass.lanes = lanes;
+                pass.at    = 0;
+                fiber * f  = next_lane();
+                if (!f) { break; }
+                cur = f;
+                emu_switch(&sched_sp, f->sp);
+                cur = nullptr;
                 progress = true;
             }
             for (int l = 0; l < lanes; ++l) {
