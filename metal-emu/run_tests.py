@@ -29,8 +29,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 STEPS = ("crosscheck", "ops", "pairs", "controls", "model")
 
-# K/V pairs of the whole-model step that are compared by their divergence from f16
+# The whole-model step compares these K/V pairs by their divergence from f16. It is the CPU's within 2 %, or
+# within the standard error of the CPU's: over 64 positions 2 % are less than what another rounding of q makes
+# of it (the CPU rounds q to 8 bits for a quantized K, Metal to half).
 MODEL_TOLERANCE = 0.02
+MODEL_DEVICES = {"cpu": "-ngl 0 -dev none", "emulated": "-ngl 99 -dev MTL0"}
 MODEL_PAIRS = (
     "q8_0/turbo4",
     "q8_0/turbo3",
@@ -191,52 +194,37 @@ class Run:
         )
         shutil.rmtree(work, ignore_errors=True)
 
-    def kld(self, device: str, pair: str, base: Path, ubatch: int = 16, save: bool = False) -> float:
+    def kld(
+        self, device: str, pair: str, base: Path, ubatch: int = 16, save: bool = False
+    ) -> tuple[float, float]:
         """Mean KL divergence of the logits on `device` with cache types `pair` from those in `base`, nats.
 
-        Below 20 tokens a ubatch the vec kernels run, above 31 the dequantize-to-f16 path. With `save`, write
-        `base` and return 0. NaN when there is no number in the output.
+        Returns it with its standard error over the positions. Below 20 tokens a ubatch the vec kernels run,
+        above 31 the dequantize-to-f16 path. With `save`, write `base` and return zeros. NaN when the output
+        has no number.
         """
         k, v = pair.split("/")
-        emulated = device == "emulated"
+        weights = self.out / "model-f16.gguf"
         argv = [
             str(self.bin / "llama-perplexity"),
             "-m",
-            str(self.out / "model-f16.gguf"),
+            str(weights),
             "-f",
             str(self.text),
-        ]
-        argv += [
-            "-c",
-            "128",
-            "--chunks",
-            "1",
-            "-b",
-            "128",
             "-ub",
             str(ubatch),
-            "-fa",
-            "on",
-            "-t",
-            "1",
-            "--no-warmup",
         ]
-        argv += [
-            "-ctk",
-            k,
-            "-ctv",
-            v,
-            *(["-ngl", "99", "-dev", "MTL0"] if emulated else ["-ngl", "0", "-dev", "none"]),
-        ]
+        argv += ["-c", "128", "--chunks", "1", "-b", "128", "-fa", "on", "-t", "1", "--no-warmup"]
+        argv += ["-ctk", k, "-ctv", v, *(MODEL_DEVICES[device].split())]
         argv += ["--kl-divergence-base", str(base), *([] if save else ["--kl-divergence"])]
         code, text = self.call(argv)
         if code == 0 and save and base.stat().st_size > 0:
-            return 0.0
-        m = re.search(r"^\s+1\s+\S+ ±\s+\S+\s+\S+ ±\s+\S+\s+(\S+) ±", text, re.M)
+            return 0.0, 0.0
+        m = re.search(r"^\s+1\s+\S+ ±\s+\S+\s+\S+ ±\s+\S+\s+(\S+) ±\s+(\S+)", text, re.M)
         if code != 0 or m is None:
             print("\n".join(text.splitlines()[-8:]))
-            return float("nan")
-        return float(m.group(1))
+            return float("nan"), float("nan")
+        return float(m.group(1)), float(m.group(2))
 
     def model(self) -> None:
         """The whole model on the emulated device, decoding with the vec kernels.
@@ -269,20 +257,22 @@ class Run:
             saves += [("cpu", "q8_0/q8_0", cpu_q8)]
             list(pool.map(lambda a: self.kld(a[0], a[1], a[2], save=True), saves))
 
-            def same(job: tuple[str, Path]) -> None:
-                value = self.kld("emulated", *job)
-                self.report(
-                    f"model {job[0]}", value < 1e-4, f"KL divergence from the CPU's logits {value:.2e}"
-                )
+            def same(job: tuple[str, Path, float]) -> None:
+                pair, other, limit = job
+                value, _ = self.kld("emulated", pair, other)
+                text = f"KL divergence from the CPU's logits {value:.5f}, limit {limit}"
+                self.report(f"model {pair}", value <= limit, text)
 
-            list(pool.map(same, [("f16/f16", base["cpu"]), ("q8_0/q8_0", cpu_q8)]))
+            # 8-bit q on the CPU: q8_0/q8_0 is 1.6e-4 from f16 there, 1.1e-4 here, and the two 2.2e-4 apart
+            list(pool.map(same, [("f16/f16", base["cpu"], 1e-4), ("q8_0/q8_0", cpu_q8, 5e-4)]))
 
             def alike(job: tuple[str, int]) -> None:
                 pair, ubatch = job
-                a = self.kld("cpu", pair, base["cpu"], ubatch)
-                b = self.kld("emulated", pair, base["emulated"], ubatch)
-                text = f"KL divergence from f16 {b:.5f}, on the CPU {a:.5f}"
-                self.report(f"model {pair} ubatch={ubatch}", abs(b - a) <= MODEL_TOLERANCE * a, text)
+                a, sa = self.kld("cpu", pair, base["cpu"], ubatch)
+                b, sb = self.kld("emulated", pair, base["emulated"], ubatch)
+                text = f"KL divergence from f16 {b:.5f} ± {sb:.5f}, on the CPU {a:.5f} ± {sa:.5f}"
+                ok = abs(b - a) <= max(MODEL_TOLERANCE * a, sa)
+                self.report(f"model {pair} ubatch={ubatch}", ok, text)
 
             jobs = [(pair, 16) for pair in (MODEL_PAIRS[:1] if self.quick else MODEL_PAIRS)]
             list(pool.map(alike, jobs if self.quick else [*jobs, ("turbo4/turbo4", 128)]))
