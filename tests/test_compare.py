@@ -9,6 +9,8 @@ import pytest
 
 from tests.harness import Cli
 from tests.records import MACHINE, make_kld, make_record
+from tests.test_bench import bench_record
+from turbo_eval.bench import BenchRecord
 from turbo_eval.build import Build
 from turbo_eval.compare import Comparison, Side, compare, render
 from turbo_eval.compare.difference import _student_p
@@ -112,6 +114,24 @@ def test_kld_uses_its_own_error() -> None:
     far = make_record("turbo3:turbo3", 10.0, kld=make_kld(0.2), tree="b" * 40)
     assert not compared([a], [near]).differing
     assert [d.what for d in compared([a], [far]).differing] == ["KLD"]
+
+
+def test_speed_is_compared_as_a_share_of_f16() -> None:
+    def speed(tree: str, share: float) -> BenchRecord:
+        # The machine's own pace swings; the share of f16 hardly does.
+        pace = RNG.uniform(0.5, 1, size=6)
+        rounds = share * pace * RNG.normal(1, 0.002, size=6)
+        return bench_record(tree=tree * 40, decode=tuple(rounds), decode_f16=tuple(pace), depth=4096)
+
+    def side(name: str, record: BenchRecord) -> Side:
+        return Side(name, (), (record,))
+
+    slower = compare(side("A", speed("a", 1.1)), side("B", speed("b", 0.9)))
+    assert [(d.what, d.ctx) for d in slower.differing] == [("decode / f16", "d4096")]
+    assert slower.diagnosis == "Speed differs: decode / f16 of q8_0:turbo3 at d4096."
+    assert slower.differing[0].delta == pytest.approx(-18, abs=1)
+    assert not compare(side("A", speed("a", 1.1)), side("B", speed("b", 1.1))).differing
+    assert "| q8_0:turbo3 | decode / f16 | 1.1" in render.render_markdown(slower)
 
 
 def test_nothing_in_common_is_no_verdict() -> None:

@@ -11,6 +11,7 @@ from turbo_eval.bisect.condition import Condition, numbers
 from turbo_eval.bisect.history import History, UntestableError, bisect_dir, search
 from turbo_eval.config import Metric, SweepSpec
 from turbo_eval.corpora import default_name, resolve_corpus
+from turbo_eval.download import lock
 from turbo_eval.errors import UsageError
 from turbo_eval.models import resolve_model
 from turbo_eval.paths import results_dir
@@ -113,6 +114,10 @@ class Bisection:
         Raises:
             UsageError: the good revision is bad, the bad one good, or one of them cannot be tested.
         """
+        with lock(bisect_dir() / "bisect"):  # one search at a time: they share sources and build folder
+            return self._run()
+
+    def _run(self) -> Outcome:
         self.history.between(self.good, self.bad)
         # What is wrong with the request would otherwise look like revisions that cannot be tested.
         for name in self.spec.models:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turbo_eval.compare.diagnosis import diagnose, provenance_differences
-from turbo_eval.compare.difference import Difference, differences
+from turbo_eval.compare.difference import Difference, differences, speed_differences
 from turbo_eval.compare.match import Side, match, read_side
 
 __all__ = ["ALPHA", "Comparison", "Difference", "Side", "compare", "read_side"]
@@ -41,11 +41,12 @@ def compare(a: Side, b: Side) -> Comparison:
     """
     matched = match(a, b)
     found = [difference for pair in matched.pairs for difference in differences(*pair)]
+    found += [difference for pair in matched.speeds for difference in speed_differences(*pair)]
     tested = max(1, sum(bool(d.delta) for d in found))  # what is equal cannot be a false alarm
     differing = [d for d in found if d.beyond_noise(ALPHA / tested)]
     differing.sort(key=lambda d: (d.status_a == d.status_b, d.p, -abs(d.delta or 0)))
     agreeing = [d for d in found if d not in differing]
-    provenance = provenance_differences(matched.pairs)
+    provenance = provenance_differences([*matched.pairs, *matched.speeds])
     return Comparison(
         a=a,
         b=b,

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from turbo_eval.cache_types import CACHE_TYPES
 from turbo_eval.compare.difference import Difference
-from turbo_eval.record import Record
+from turbo_eval.compare.match import Entry, facts
 
 _ASKED = frozenset({"K type", "V type"})
 UNQUANTIZED = frozenset({"f32", "f16", "bf16"})
 
 # Provenance as it is shown, in the order of how much it may explain.
-_PROVENANCE: dict[str, Callable[[Record], str]] = {
-    "K type": lambda r: r.cell.k,
-    "V type": lambda r: r.cell.v,
-    "backend": lambda r: r.cell.backend,
+_PROVENANCE: dict[str, Callable[[Entry], str]] = {
+    "K type": lambda r: facts(r)["k"],
+    "V type": lambda r: facts(r)["v"],
+    "backend": lambda r: facts(r)["backend"],
     "K anchor": lambda r: (r.effective.anchor or "off").replace("off (K is not quantized)", "off"),
-    "environment": lambda r: " ".join(f"{n}={x}" for n, x in r.cell.env.items()) or "none",
-    "ubatch": lambda r: str(r.cell.ubatch),
-    "patched tree": lambda r: r.cell.tree[:16] + (" (dirty)" if r.provenance.dirty else ""),
+    "environment": lambda r: " ".join(f"{n}={x}" for n, x in json.loads(facts(r)["env"]).items()) or "none",
+    "ubatch": lambda r: facts(r).get("ubatch", ""),
+    "patched tree": lambda r: facts(r)["tree"][:16] + (" (dirty)" if r.provenance.dirty else ""),
     "upstream pin": lambda r: r.provenance.pin[:12],
     "patch series": lambda r: r.provenance.series[:12] or "none",
     "GPU": lambda r: r.provenance.machine.gpu or "none",
@@ -29,12 +30,12 @@ _PROVENANCE: dict[str, Callable[[Record], str]] = {
     "operating system": lambda r: r.provenance.machine.os,
     "compiler": lambda r: r.provenance.compiler,
     "build options": lambda r: " ".join(r.provenance.flags) or "not recorded",
-    "threads": lambda r: str(r.run.threads),
+    "threads": lambda r: facts(r)["threads"],
     "turbo-eval": lambda r: r.provenance.harness,
 }
 
 
-def provenance_differences(pairs: Sequence[tuple[Record, Record]]) -> tuple[tuple[str, str, str], ...]:
+def provenance_differences(pairs: Sequence[tuple[Entry, Entry]]) -> tuple[tuple[str, str, str], ...]:
     """(what, on side A, on side B) of everything recorded that isn't the same."""
     rows: list[tuple[str, str, str]] = []
     for what, read in _PROVENANCE.items():
@@ -52,6 +53,15 @@ def diagnose(
 ) -> str:
     """One or two sentences: the pattern, and the recorded difference that explains it or doesn't."""
     changed = {what: (a, b) for what, a, b in provenance}
+    slower = [d for d in differing if d.is_speed]
+    if slower:
+        differing, agreeing = ([d for d in side if not d.is_speed] for side in (differing, agreeing))
+        first = f"{slower[0].what} of {slower[0].pair} at {slower[0].ctx}"
+        more = f" and {len(slower) - 1} more" if len(slower) > 1 else ""
+        speed = f"Speed differs: {first}{more}. "
+        quality = "" if not differing and not agreeing else diagnose(differing, agreeing, provenance)
+        return (speed + quality).rstrip()
+    agreeing = [d for d in agreeing if not d.is_speed] or agreeing
     if not differing:
         spread = f", although {_listed(list(changed))} differ" if changed else ""
         return f"No cell differs beyond noise{spread}."

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from turbo_eval.bench import BenchRecord
+from turbo_eval.compare.match import Entry, facts
 from turbo_eval.record import Record
 
 # llama-perplexity prints PPL with four decimals and KLD with six: two roundings.
@@ -19,15 +22,15 @@ _RESOLUTION = {"PPL": 1.5e-4, "KLD": 1.5e-6, "same top %": 1.5e-3}
 class Difference:
     """One quantity of one cell on both sides.
 
-    `delta` is b/a − 1 in percent for PPL, b − a for the rest; `error` its standard error (`paired`:
-    from the differences of single chunks; else from the two errors, which overstates it on a common
-    text). `p` is the chance of a difference this large from noise alone. `status_a` and `status_b`
+    `delta` is b/a − 1 in percent for PPL and speeds, b − a for the rest; `error` its standard error
+    (`paired`: from the differences of single chunks; else from the two errors, which overstates it on a
+    common text). `p` is the chance of a difference this large from noise alone. `status_a` and `status_b`
     are "ok" where there are numbers.
     """
 
     what: str
-    record_a: Record
-    record_b: Record
+    of_a: Entry
+    of_b: Entry
     a: float | None
     b: float | None
     delta: float | None = None
@@ -38,15 +41,32 @@ class Difference:
     status_b: str = "ok"
 
     @property
+    def model(self) -> str:
+        """Model by name, as side A calls it."""
+        return facts(self.of_a)["model name"]
+
+    @property
+    def ctx(self) -> str:
+        """Context in tokens; for speed the depth."""
+        return ("d" if self.is_speed else "") + facts(self.of_a)["ctx"]
+
+    @property
+    def is_speed(self) -> bool:
+        """A speed, not a quality."""
+        return isinstance(self.of_a, BenchRecord)
+
+    @property
     def k(self) -> str:
         """K's type; "a→b" where the sides differ in it."""
-        a, b = self.record_a.cell.k, self.record_b.cell.k
-        return a if a == b else f"{a}→{b}"
+        return self._type("k")
 
     @property
     def v(self) -> str:
         """V's type, like `k`."""
-        a, b = self.record_a.cell.v, self.record_b.cell.v
+        return self._type("v")
+
+    def _type(self, side: str) -> str:
+        a, b = facts(self.of_a)[side], facts(self.of_b)[side]
         return a if a == b else f"{a}→{b}"
 
     @property
@@ -64,8 +84,10 @@ class Difference:
 
 
 def differences(a: Record, b: Record) -> list[Difference]:
+    """Every number of a cell of quality, or the two states if one side failed."""
+
     def made(what: str, **values: Any) -> Difference:
-        return Difference(what=what, record_a=a, record_b=b, **values)
+        return Difference(what=what, of_a=a, of_b=b, **values)
 
     if not (a.ok and b.ok):
         return [made(a.cell.metric, a=a.ppl, b=b.ppl, status_a=a.status, status_b=b.status)]
@@ -78,6 +100,50 @@ def differences(a: Record, b: Record) -> list[Difference]:
         p = 1.0 if x == y else _normal_p((y - x) / error) if error else 0.0
         found.append(made(what, a=x, b=y, delta=y - x, error=error, p=p))
     return found
+
+
+def speed_differences(a: BenchRecord, b: BenchRecord) -> list[Difference]:
+    """Speeds as shares of f16's in the same rounds: what a machine does to both is no difference."""
+    if a.status != "ok" or b.status != "ok":
+        return [Difference("speed", a, b, None, None, status_a=a.status, status_b=b.status)]
+    found = []
+    for what, x, y in (
+        ("prefill / f16", _shares_of_f16(a.prefill, a.prefill_f16), _shares_of_f16(b.prefill, b.prefill_f16)),
+        ("decode / f16", _shares_of_f16(a.decode, a.decode_f16), _shares_of_f16(b.decode, b.decode_f16)),
+    ):
+        if not (len(x) and len(y)):
+            continue
+        delta = float(y.mean() - x.mean())
+        error, p = _welch(x, y)
+        found.append(
+            Difference(
+                what,
+                of_a=a,
+                of_b=b,
+                a=math.exp(x.mean()),
+                b=math.exp(y.mean()),
+                delta=100 * math.expm1(delta),
+                error=None if error is None else 100 * error,
+                p=1.0 if delta == 0 else p,
+            )
+        )
+    return found
+
+
+def _shares_of_f16(own: Sequence[float], f16: Sequence[float]) -> NDArray[np.float64]:
+    """Log of the ratio in each round."""
+    return np.log([x / y for x, y in zip(own, f16, strict=False) if x > 0 and y > 0])
+
+
+def _welch(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | None, float]:
+    """(standard error of the difference of means, p); one round tells nothing about its noise."""
+    if len(x) < 2 or len(y) < 2:
+        return None, 1.0
+    u, w = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
+    if u + w == 0:
+        return 0.0, 0.0
+    freedom = (u + w) ** 2 / (u**2 / (len(x) - 1) + w**2 / (len(y) - 1))
+    return math.sqrt(u + w), _student_p((y.mean() - x.mean()) / math.sqrt(u + w), freedom)
 
 
 _Other = tuple[str, float, float, float | None, float | None]
@@ -142,7 +208,7 @@ def _normal_p(z: float) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
 
 
-def _student_p(t: float, df: int) -> float:
+def _student_p(t: float, df: float) -> float:
     """Two-sided, by the trapezoid rule over the angle, where the density is smooth and bounded."""
     if df > 1000:
         return _normal_p(t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from turbo_eval.compare import Comparison, Difference
@@ -27,10 +27,11 @@ def _delta(d: Difference) -> str:
         return "–"
     if d.delta == 0:
         return "0"
-    unit = " %" if d.what == "PPL" else ""
+    unit = " %" if d.what == "PPL" or d.is_speed else ""
     digits = 6 if d.what == "KLD" else 3
     error = "" if d.error is None else f" ± {d.error:.{digits}f}"
-    return f"{d.delta:+.{digits}f}{error}{unit}{'' if d.paired or d.error is None else ' unpaired'}"
+    unpaired = " unpaired" if d.error is not None and not d.paired and not d.is_speed else ""
+    return f"{d.delta:+.{digits}f}{error}{unit}{unpaired}"
 
 
 def _chance(p: float) -> str:
@@ -44,8 +45,7 @@ def _line(d: Difference, differs: bool) -> list[str]:
     ]
     failed = d.status_a == d.status_b != "ok"
     verdict = "differs" if differs else "fails on both" if failed else _agreement(d)
-    cell = d.record_a.cell
-    return [cell.model, str(cell.ctx), d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
+    return [d.model, d.ctx, d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
 
 
 def _agreement(d: Difference) -> str:
@@ -129,9 +129,9 @@ def render_json(result: Comparison) -> str:
     """For scripts: the differing and agreeing numbers with the keys of their records."""
 
     def row(d: Difference) -> dict[str, object]:
-        flat = {k: v for k, v in asdict(d).items() if not k.startswith("record_")}
-        keys = {"key_a": d.record_a.key, "key_b": d.record_b.key}
-        return {"model": d.record_a.cell.model, "ctx": d.record_a.cell.ctx, "k": d.k, "v": d.v} | flat | keys
+        flat = {f.name: getattr(d, f.name) for f in fields(d) if f.name not in ("of_a", "of_b")}
+        keys = {"key_a": d.of_a.key, "key_b": d.of_b.key}
+        return {"model": d.model, "ctx": d.ctx, "k": d.k, "v": d.v} | flat | keys
 
     data = {
         "a": result.a.name,

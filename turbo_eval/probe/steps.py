@@ -283,7 +283,7 @@ def _judge_attention(layer: Layer, k: Floats, v: Floats, weights: Floats, note: 
             4,
             "attention output",
             f"{which}: NMSE {nmse:.2g} against attention over the very cache it read ({layer.type_k}:"
-            f"{layer.type_v}), explained are {allowed:.1g}: the kernel reads or computes wrongly",
+            f"{layer.type_v}), allowed are {allowed:.1g}: the kernel reads or computes wrongly",
         )
     return nmse
 
