@@ -27,6 +27,8 @@ TARGETS = (
     *("llama-perplexity", "llama-bench", "llama-completion", "llama-quantize"),
     *("test-backend-ops", "test-quantize-fns"),
 )
+# Tools that the patch series adds, by their folder: part of a series (bisect) may lack them.
+ADDED = {"tools/kv-calibrate": "llama-kv-calibrate", "tools/kv-probe": "llama-kv-probe"}
 _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",  # llama-cpp-python loads them
@@ -184,7 +186,7 @@ def build(
     jobs: int | None = None,
     cuda_archs: str = "",
     extra: Sequence[str] = (),
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> tuple[Build, bool]:
     """Build what build/src holds; returns the build and whether anything had to be done.
@@ -196,6 +198,7 @@ def build(
         jobs: compilers at a time; all cores if None.
         cuda_archs: CMake's list, e.g. "86-real;90-real".
         extra: further options "KEY=VALUE", e.g. for sanitizers.
+        targets: TARGETS and what the series adds, if None.
 
     Raises:
         EnvironmentProblem: source or toolchain missing, or the compiler failed.
@@ -217,6 +220,8 @@ def build(
         if not before.dirty and not before.stopped:
             before = patches.apply()
         worktree = paths.worktree_dir()
+        if targets is None:
+            targets = (*TARGETS, *(tool for place, tool in ADDED.items() if (worktree / place).is_dir()))
         tree = working_tree_hash(worktree)
         flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
         described = json.dumps([tree, flags, compiler, sorted(targets)])
