@@ -74,13 +74,16 @@ class _Header:
         self.data_end = 0
         alignment = self.fields.get("general.alignment", _ALIGNMENT)
         assert isinstance(alignment, int)
+        self.tensors: dict[str, tuple[int, list[int], int]] = {}  # name: ggml type, shape, offset
         for _ in range(tensors):
-            self._string()
+            name = self._string()
             dims = [self._one("Q") for _ in range(self._one("I"))]
             kind, offset = self._one("I"), self._one("Q")
+            self.tensors[name] = kind, dims, offset
             self.data_end = max(self.data_end, offset + _tensor_bytes(kind, dims))
+        self.data_start = -(-stream.tell() // alignment) * alignment
         if tensors:
-            self.data_end += -(-stream.tell() // alignment) * alignment
+            self.data_end += self.data_start
 
     def _one(self, code: str) -> int:
         return int(self._scalar(code))
@@ -163,6 +166,38 @@ def read_gguf_info(path: Path) -> GgufInfo:
     if size < header.data_end:
         raise UsageError(f"{path} is truncated: {size} bytes of {header.data_end}", "download it again")
     return _describe(path, header)
+
+
+def read_vectors(path: Path, suffix: str) -> dict[str, list[float]]:
+    """The F32 tensors whose name ends in `suffix`, e.g. "attn_k.bias", flattened, by name.
+
+    Raises:
+        UsageError: missing, not GGUF, truncated.
+    """
+    read_gguf_info(path)  # all that can be wrong with the file
+    with path.open("rb") as stream:
+        stream.read(4)
+        header = _Header(stream, path.stat().st_size)
+        found = {}
+        for name, (kind, dims, offset) in header.tensors.items():
+            if name.endswith(suffix) and kind == GGMLQuantizationType.F32:
+                stream.seek(header.data_start + offset)
+                size = _tensor_bytes(kind, dims)
+                found[name] = list(struct.unpack(f"<{size // 4}f", stream.read(size)))
+    return found
+
+
+def read_numbers(path: Path) -> dict[str, float]:
+    """The header's numeric fields by key.
+
+    Raises:
+        UsageError: missing, not GGUF, truncated.
+    """
+    read_gguf_info(path)
+    with path.open("rb") as stream:
+        stream.read(4)
+        header = _Header(stream, path.stat().st_size)
+    return {key: float(value) for key, value in header.fields.items() if isinstance(value, int | float)}
 
 
 def _describe(path: Path, header: _Header) -> GgufInfo:
