@@ -193,6 +193,15 @@ def _relative(got: NDArray[np.floating], want: NDArray[np.floating]) -> float:
     return float(np.sqrt(((got - want) ** 2).sum() / max((want**2).sum(), 1e-300)))
 
 
+def _follows(x: NDArray[np.floating], y: NDArray[np.floating]) -> bool:
+    """Whether y (tokens, heads, d) is x with a factor and a constant for each channel of each head: what
+    balance and anchor do, and nothing else (both are 1 and 0 without them)."""
+    u = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
+    w = y.astype(np.float64) - y.mean(axis=0, dtype=np.float64)
+    factor = (u * w).sum(axis=0) / np.maximum((u * u).sum(axis=0), 1e-300)
+    return _relative(factor * u, w) < EXACT
+
+
 def _judge_turns(layer: Layer, note: _Note) -> None:
     """Rotation, anchor and balance leave the attention scores as they are, but for a constant a query."""
     if not layer.softcap:
@@ -210,7 +219,7 @@ def _judge_turns(layer: Layer, note: _Note) -> None:
         ("K", layer.k, layer.k_write, layer.rot_k),
         ("Q", layer.q, layer.q_attn, layer.rot_q),
     ):
-        if size and _relative(turned, plain) < EXACT:
+        if size and _follows(plain, turned):
             note(0, f"{name} rotation", f"was skipped: {name} goes to the cache's side as it came")
     if layer.rot_v:
         error = _relative(layer.v_write, rotate(layer.v, layer.rot_v))
@@ -223,9 +232,9 @@ def _judge_turns(layer: Layer, note: _Note) -> None:
 def _who_turned_wrong(layer: Layer, error: float) -> tuple[str, str]:
     """(tensor, detail) for scores that changed between the projection and the cache."""
     sides = (("K", layer.k, layer.k_write, layer.rot_k), ("Q", layer.q, layer.q_attn, layer.rot_q))
-    right = [name for name, x, y, n in sides if n and _relative(y, rotate(x, n)) < EXACT]
+    right = [name for name, x, y, n in sides if n and _follows(x, rotate(y, n))]
     for name, x, y, n in sides:
-        if n and _relative(y, x) < EXACT:
+        if n and _follows(x, y):
             return f"{name} rotation", f"was skipped (groups of {n}); attention scores are off by {error:.2g}"
         if len(right) == 1 and name not in right:
             return f"{name} rotation", f"is wrong (groups of {n}); attention scores are off by {error:.2g}"
