@@ -17,7 +17,7 @@ from turbo_eval.errors import TurboEvalError
 COMMANDS: tuple[str, ...] = (
     *("doctor", "source", "patches", "build", "models", "corpora"),
     *("plan", "sweep", "table", "gate", "show", "results", "recommend", "bench", "report"),
-    *("selftest", "compare", "bisect", "probe", "calibrate", "anchor"),
+    *("selftest", "compare", "bisect", "probe", "calibrate", "anchor", "codebooks"),
 )
 
 # What a full, read-only or wrongly named disk answers; anything else is a bug and shows itself.

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     )
     group.command(help="The K projection bias by layer and RoPE pair, and what an anchor takes of it.")(bias)
     group.command(help="Perplexity and KL divergence by pair from the records, anchor off and on.")(effect)
-    app.add_typer(group, name="anchor", rich_help_panel="Measure")
+    app.add_typer(group, name="anchor")
 
 
 def bias(
