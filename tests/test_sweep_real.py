@@ -153,7 +153,15 @@ def test_nan_weights_give_status_nan(cli: Cli, tmp_path: Path, smollm: ModelFile
 
 def _start(cli: Cli, *args: str | Path, bin_dir: Path | None = None) -> subprocess.Popen[str]:
     command = cli.command(*cli.sweep_args(*args, bin_dir=bin_dir))
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.env())
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli.env(),
+        # a CI job started in the background hands down an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _wait_for_child(process: subprocess.Popen[str], needle: str) -> psutil.Process:
