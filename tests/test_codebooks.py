@@ -12,9 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from turbo_eval import paths
-from turbo_eval.build import find_build
+from turbo_eval.build import Build
 from turbo_eval.codebooks import CODEBOOKS, TURBO3, Codebook, encode, gaussians, lloyd_step, mse, scales
-from turbo_eval.errors import EnvironmentProblem
 
 BOUNDS = {"turbo3": 0.0265, "turbo4": 0.0061}
 BLOCK_BYTES = {"turbo3": 26, "turbo4": 34}
@@ -69,11 +68,8 @@ class Library:
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
-    try:
-        return Library(find_build("cpu").bin_dir)
-    except EnvironmentProblem as error:
-        pytest.skip(error.sentence())
+def library(build: Build) -> Library:
+    return Library(build.bin_dir)
 
 
 @pytest.mark.parametrize("book", CODEBOOKS, ids=lambda b: b.name)
