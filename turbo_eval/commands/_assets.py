@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from turbo_eval.errors import TurboEvalError
-from turbo_eval.registry import Entry
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from turbo_eval.registry import Entry
 
 
 class Asset(Protocol):
@@ -33,6 +35,8 @@ class Resolve(Protocol):
 
 def listing(entries: Mapping[str, Entry], resolve: Resolve, default: str = "") -> Table:
     """One row an entry: name, what it is, size, whether it is here, where it comes from."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "what", "size", "here", "from"):
         table.add_column(heading, justify="right" if heading == "size" else "left")
@@ -64,6 +68,8 @@ def group(
 
     @commands.command("list", help=f"The {what} known by name, and which are here.")
     def list_() -> None:
+        from rich.console import Console
+
         Console(soft_wrap=True, highlight=False).print(listing(entries(), resolve, default()))
 
     @commands.command("get", help="Download what isn't here, verify its sha256, print what it is.")

@@ -6,8 +6,6 @@ import time
 
 import typer
 
-from turbo_eval import build as builds
-
 
 def register(app: typer.Typer) -> None:
     @app.command("build", rich_help_panel="Prepare")
@@ -29,6 +27,8 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval build cuda --cuda-archs 90-real
         """
+        from turbo_eval import build as builds
+
         started = time.monotonic()
         made, worked = builds.build(backend, jobs=jobs, cuda_archs=cuda_archs, extra=option)
         spent = f"in {time.monotonic() - started:.0f} s" if worked else "already"

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import typer
 
-from turbo_eval import corpora
 from turbo_eval.commands import _assets
+
+if TYPE_CHECKING:
+    from turbo_eval.corpora import CorpusFile
+    from turbo_eval.registry import Entry
+
+
+def _registry() -> Mapping[str, Entry]:
+    from turbo_eval import corpora
+
+    return corpora.registry()
+
+
+def _resolve(name_or_path: str, *, download: bool = True) -> CorpusFile:
+    from turbo_eval import corpora
+
+    return corpora.resolve_corpus(name_or_path, download=download)
+
+
+def _default() -> str:
+    from turbo_eval import corpora
+
+    return corpora.default_name()
 
 
 def register(app: typer.Typer) -> None:
     app.add_typer(
         _assets.group(
             "corpora",
-            corpora.registry,
-            corpora.resolve_corpus,
-            default=corpora.default_name,
+            _registry,
+            _resolve,
+            default=_default,
             help_text="""Texts by name (configs/corpora.toml) or path.
 
               turbo-eval corpora list

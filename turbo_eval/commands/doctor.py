@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from turbo_eval import doctor
-from turbo_eval.errors import EnvironmentProblem
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from turbo_eval.doctor import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +23,15 @@ def register(app: typer.Typer) -> None:
 
         Exit code 4 when something is missing that a sweep on the CPU needs.
         """
+        from turbo_eval import doctor
+        from turbo_eval.errors import EnvironmentProblem
+
         findings = list(doctor.examine())
         if as_json:
             print(json.dumps([asdict(finding) for finding in findings], indent=1))
         else:
+            from rich.console import Console
+
             Console(soft_wrap=True, highlight=False).print(_table(findings))
         missing = [finding for finding in findings if finding.required and not finding.ok]
         if missing:
@@ -34,7 +39,10 @@ def register(app: typer.Typer) -> None:
             raise EnvironmentProblem(f"a sweep on the CPU cannot run yet: {names}", missing[0].fix)
 
 
-def _table(findings: list[doctor.Finding]) -> Table:
+def _table(findings: list[Finding]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(no_wrap=True)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import typer
 
-from turbo_eval import models
 from turbo_eval.commands import _assets
+
+if TYPE_CHECKING:
+    from turbo_eval.models import ModelFile
+    from turbo_eval.registry import Entry
+
+
+def _registry() -> Mapping[str, Entry]:
+    from turbo_eval import models
+
+    return models.registry()
+
+
+def _resolve(name_or_path: str, *, download: bool = True) -> ModelFile:
+    from turbo_eval import models
+
+    return models.resolve_model(name_or_path, download=download)
 
 
 def _describe(found: _assets.Asset) -> str:
-    if not isinstance(found, models.ModelFile):
+    from turbo_eval.models import ModelFile
+
+    if not isinstance(found, ModelFile):
         return ""
     info = found.gguf
     heads = f"{info.n_head} heads, {info.n_head_kv} KV heads, head_dim {info.head_dim_k}"
@@ -20,8 +40,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(
         _assets.group(
             "models",
-            models.registry,
-            models.resolve_model,
+            _registry,
+            _resolve,
             describe=_describe,
             help_text="""Models by name (configs/models.toml) or path.
 

@@ -6,11 +6,6 @@ import subprocess
 import sys
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
-from turbo_eval import patches, paths
-from turbo_eval.errors import RegressionError
 
 group = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +29,11 @@ def register(app: typer.Typer) -> None:
 @group.command()
 def status() -> None:
     """Pin, series, and whether build/src holds exactly that."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from turbo_eval import patches
+
     now = patches.status()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("pin", now.pin)
@@ -53,6 +53,8 @@ def apply(
     force: bool = typer.Option(False, "--force", help="Throw away edits that the series does not hold."),
 ) -> None:
     """Bring build/src to pin + series; the commit is the same on every machine."""
+    from turbo_eval import patches
+
     now = patches.apply(force=force)
     print(
         f"{len(now.patches)} patches on {now.pin[:12]}: commit {now.head}, tree {now.tree}, in {now.worktree}"
@@ -62,6 +64,8 @@ def apply(
 @group.command()
 def refresh() -> None:
     """Write build/src's commits above the pin out as patches/ and its series."""
+    from turbo_eval import patches
+
     changes = patches.refresh()
     print("\n".join(changes) if changes else "nothing changed")
 
@@ -69,6 +73,9 @@ def refresh() -> None:
 @group.command()
 def check() -> None:
     """Is the series sound? Exit 1 and a sentence for each thing that isn't. Needs no compiler."""
+    from turbo_eval import patches
+    from turbo_eval.errors import RegressionError
+
     problems = patches.check()
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -87,6 +94,9 @@ def rebase(
 
     turbo-eval patches rebase b10234
     """
+    from turbo_eval import patches, paths
+    from turbo_eval.errors import RegressionError
+
     now = patches.rebase(revision)
     print(f"{len(now.patches)} patches now on {now.pin}")
     if build:

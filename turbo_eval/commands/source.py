@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import typer
 
-from turbo_eval import paths, source
-
 
 def register(app: typer.Typer) -> None:
     @app.command("source", rich_help_panel="Prepare")
@@ -27,6 +25,8 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval source --sdist
         """
+        from turbo_eval import paths, source
+
         if sdist_path:
             print(source.ensure_sdist())
             return
