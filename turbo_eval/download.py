@@ -143,6 +143,19 @@ class FileMemory:
         except OSError:
             pass
 
+    def find(self, sha256: str) -> Path | None:
+        """A file that is known to have this content, and unchanged since it was hashed."""
+        for place in self._folder.glob("*.json"):
+            try:
+                stored = json.loads(place.read_text())
+                if stored["facts"].get("sha256") == sha256:
+                    path = Path(stored["identity"][0])
+                    if self.recall(path).get("sha256") == sha256:
+                        return path
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return None
+
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, remembered by (path, size, mtime, inode)."""

@@ -188,6 +188,22 @@ def batched_cell(cell: Cell, metric: Metric) -> Cell:
     )
 
 
+def references(cell: Cell) -> tuple[Cell, ...]:
+    """The cells whose records are looked up when `cell` is judged, in order of preference: they come
+    before it in a plan, and a machine that runs it alone must be given them."""
+    if cell.metric == "decode":
+        return batched_cell(cell, "ppl"), batched_cell(cell, "kld")
+    if cell.metric in ("greedy", "needle") and (cell.k, cell.v) != ("f16", "f16"):
+        return (cell.model_copy(update={"k": "f16", "v": "f16"}),)
+    return ()
+
+
+def comparison(cell: Cell) -> str:
+    """Cells of one comparison have it in common: one text through one build of one model. A decode
+    cell belongs to the batched run over the same corpus."""
+    return (batched_cell(cell, "ppl") if cell.metric == "decode" else cell).text_key()
+
+
 def estimate_seconds(job: Job, known: Iterable[Record], threads: int) -> float:
     """Rough duration of a cell: from records of the same model and metric on this machine if there
     are any, else from the model's size."""

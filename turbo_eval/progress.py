@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 from turbo_eval.plan import Job, Plan
 from turbo_eval.record import Record
@@ -73,7 +73,7 @@ class LineReporter:
     def begin(self, number: int, job: Job) -> None:
         self._say(number, f"{describe(job)} …")
 
-    def progress(self, chunk: int, total: int | None, ppl: float | None) -> None:
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
         pass
 
     def end(self, number: int, record: Record, *, reused: bool) -> None:
@@ -84,29 +84,40 @@ class LineReporter:
     def waiting(self, number: int, job: Job) -> None:
         self._say(number, f"{describe(job)}: another sweep runs it; waiting")
 
+    def note(self, text: str) -> None:
+        """Something about the sweep as a whole, e.g. a worker that was lost."""
+        print(f"turbo-eval: {text}", file=sys.stderr, flush=True)
+
 
 class _RichReporter(LineReporter):
-    """A bar for the sweep and one for the running cell; finished cells scroll up above them."""
+    """A bar for the sweep and one for each running cell; finished cells scroll up above them."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         super().__init__(total)
         self._progress = progress
         self._all = progress.add_task("cells", total=total, ppl="")
-        self._cell = progress.add_task("", total=None, ppl="", visible=False)
+        self._cells: dict[int, TaskID] = {}
 
     def _say(self, number: int, text: str) -> None:
         self._progress.console.print(f"[dim]\\[{number + 1}/{self.total}][/dim] {text}", highlight=False)
 
     def begin(self, number: int, job: Job) -> None:
-        self._progress.reset(
-            self._cell, total=job.cell.chunks, description=describe(job), visible=True, ppl=""
-        )
+        self._drop(number)
+        self._cells[number] = self._progress.add_task(describe(job), total=job.cell.chunks, ppl="")
 
-    def progress(self, chunk: int, total: int | None, ppl: float | None) -> None:
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
         shown = f"PPL {ppl:.3f}" if ppl is not None else ""
-        self._progress.update(self._cell, completed=chunk, total=total, ppl=shown)
+        if number in self._cells:
+            self._progress.update(self._cells[number], completed=chunk, total=total, ppl=shown)
 
     def end(self, number: int, record: Record, *, reused: bool) -> None:
         super().end(number, record, reused=reused)
-        self._progress.update(self._cell, visible=False)
+        self._drop(number)
         self._progress.advance(self._all)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def _drop(self, number: int) -> None:
+        if number in self._cells:
+            self._progress.remove_task(self._cells.pop(number))

@@ -66,7 +66,7 @@ def collect(build: Build) -> Provenance:
     return Provenance(
         backend=build.backend,
         pin=build.pin,
-        series=patches.series_sha256() if build.stamp else "",
+        series=patches.series_sha256() if build.stamp and build.patched else "",
         tree=build.tree,
         dirty=build.dirty,
         compiler=build.compiler,
@@ -122,9 +122,20 @@ def _os() -> str:
 
 
 def _gpu() -> str:
-    if shutil.which("nvidia-smi"):
-        return ", ".join(_ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines())
-    return ""
+    return ", ".join(name for name, _ in gpus())
+
+
+def gpus() -> list[tuple[str, float]]:
+    """Name and memory (GiB) of each NVIDIA GPU that this process may use (CUDA_VISIBLE_DEVICES)."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return []
+    chosen = () if visible is None else ("-i", visible)
+    query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    rows = [line.rsplit(",", 1) for line in _ask("nvidia-smi", *chosen, *query).splitlines()]
+    return [(row[0].strip(), round(float(row[1]) / 1024, 1)) for row in rows if len(row) == 2]
 
 
 def _ask(*command: str) -> str:
@@ -146,10 +157,13 @@ def _packages() -> dict[str, str]:
 
 
 def _harness() -> str:
-    root = paths.repo_root()
+    release = __version__.partition("+")[0]
+    root = paths.shipped()
+    if not (root / ".git").exists():  # installed: the version says it all
+        return __version__
     try:
         commit = git("rev-parse", "--short=12", "HEAD", cwd=root).strip()
         edited = git("status", "--porcelain", "--", "turbo_eval", cwd=root).strip()
     except TurboEvalError:
         return __version__
-    return f"{__version__}+{commit}{'.edited' if edited else ''}"
+    return f"{release}+{commit}{'.edited' if edited else ''}"

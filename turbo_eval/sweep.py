@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from turbo_eval.errors import TurboEvalError
@@ -21,11 +22,13 @@ class Reporter(Protocol):
 
     def begin(self, number: int, job: Job) -> None: ...
 
-    def progress(self, chunk: int, total: int | None, ppl: float | None) -> None: ...
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None: ...
 
     def end(self, number: int, record: Record, *, reused: bool) -> None: ...
 
     def waiting(self, number: int, job: Job) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass
@@ -86,7 +89,7 @@ def run_sweep(
                     reporter.end(number, known, reused=True)
                     continue
                 reporter.begin(number, job)
-                record = measurer(job)(job, bench, reporter.progress)
+                record = measurer(job)(job, bench, partial(reporter.progress, number))
                 store.write(record)
                 done[number] = record
                 reporter.end(number, record, reused=False)

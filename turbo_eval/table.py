@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from turbo_eval.cache_types import cache_type
+from turbo_eval.plan import comparison
 from turbo_eval.record import Record
 
 if TYPE_CHECKING:
@@ -75,17 +76,7 @@ class Summary:
 
 def setting(record: Record) -> tuple[str, ...]:
     """What two records must share to be compared: machine, model, text, build, anchor, context."""
-    return (record.machine, _text_key(record))
-
-
-def _text_key(record: Record) -> str:
-    cell = record.cell
-    if cell.metric == "decode":  # one setting with the batched run over the same corpus
-        options = cell.options
-        cell = cell.model_copy(
-            update={"ubatch": options["batched_ubatch"], "chunks": options["batched_chunks"]}
-        )
-    return cell.text_key()
+    return (record.machine, comparison(record.cell))
 
 
 def summarize(records: Sequence[Record], baseline: Pair | None = None) -> list[Summary]:

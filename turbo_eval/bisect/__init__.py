@@ -187,11 +187,14 @@ class _Silent:
     def begin(self, number: int, job: Job) -> None:
         pass
 
-    def progress(self, chunk: int, total: int | None, ppl: float | None) -> None:
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
         pass
 
     def end(self, number: int, record: Record, *, reused: bool) -> None:
         pass
 
     def waiting(self, number: int, job: Job) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass

@@ -11,7 +11,7 @@ from typing import Any
 
 from turbo_eval import judge, parse
 from turbo_eval.metrics.perplexity import Bench, OnProgress
-from turbo_eval.plan import Job
+from turbo_eval.plan import Job, references
 from turbo_eval.record import Cell, Greedy, Needle, Record, Run
 from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
 
@@ -129,10 +129,11 @@ def _conclude(cell: Cell, outcome: Outcome, info: Run, result: dict[str, Any] | 
 
 
 def _f16_record(cell: Cell, bench: Bench) -> Record | None:
-    if (cell.k, cell.v) == ("f16", "f16"):
-        return None
-    record = bench.store.load(cell.model_copy(update={"k": "f16", "v": "f16"}))
-    return record if record is not None and record.ok else None
+    for reference in references(cell):
+        record = bench.store.load(reference)
+        if record is not None and record.ok:
+            return record
+    return None
 
 
 def compare_greedy(outputs: tuple[tuple[int, ...], ...], exact: tuple[tuple[int, ...], ...]) -> Greedy:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from turbo_eval import judge, parse
 from turbo_eval.build import Build
-from turbo_eval.config import Metric
 from turbo_eval.metrics.base_logits import BaseFailedError, BaseLogits
-from turbo_eval.plan import Job, batched_cell
+from turbo_eval.plan import Job, references
 from turbo_eval.provenance import Provenance
 from turbo_eval.record import Cell, Decode, Effective, Record, Run, finite
 from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
@@ -159,24 +158,23 @@ def _compare_decode(
     cell: Cell, result: parse.PplText, store: Store
 ) -> tuple[Decode | None, judge.Verdict | None]:
     """Perplexity through ubatch 1 against the batched run's after the same number of chunks."""
-    metrics: tuple[Metric, ...] = ("ppl", "kld")
-    for metric in metrics:
-        batched = store.load(batched_cell(cell, metric))
+    for reference in references(cell):
+        batched = store.load(reference)
         if batched is not None and batched.ok and len(batched.running_ppl) >= cell.chunks:
             break
     else:
         return None, ("no-result", "there is no batched number of this pair to compare with")
     assert result.ppl is not None
-    reference = batched.running_ppl[cell.chunks - 1]
-    delta = 100 * (result.ppl / reference - 1)
+    ppl_batched = batched.running_ppl[cell.chunks - 1]
+    delta = 100 * (result.ppl / ppl_batched - 1)
     bound = float(cell.options["bound_pct"])
     decode = Decode(
-        ppl_batched=reference, delta_pct=round(delta, 4), bound_pct=bound, batched_key=batched.key
+        ppl_batched=ppl_batched, delta_pct=round(delta, 4), bound_pct=bound, batched_key=batched.key
     )
     if abs(delta) > bound:
         return decode, (
             "decode-mismatch",
-            f"perplexity one token at a time is {result.ppl:.4f}, batched {reference:.4f}"
+            f"perplexity one token at a time is {result.ppl:.4f}, batched {ppl_batched:.4f}"
             f" ({delta:+.2f} %, allowed {bound:g} %)",
         )
     return decode, None
