@@ -3,10 +3,11 @@
     cost.py SRC GEN CLANG
 
 SRC is the llama.cpp tree, GEN the folder that rewrite.py filled, CLANG a clang++ >= 16 with the AMDGPU
-target. Apple publishes no instruction set, so the lanes' code in cost.cpp is compiled for AMD's gfx1030, a GPU
-with a scalar instruction stream per lane, loops unrolled; counted are vector instructions, address arithmetic
-included, and loads. `work` is over all lanes, a cached value; `row` is how many instructions one lane executes
-one after the other. It orders the types; it is no estimate of speed. Scalar instructions are not counted.
+target. Apple publishes no instruction set, so the lanes' code in cost.cpp is compiled for AMD's gfx1030, a
+GPU with a scalar instruction stream per lane, loops unrolled; counted are vector instructions, address
+arithmetic included, and loads. `work` is over all lanes, a cached value; `row` is how many instructions one
+lane executes one after the other. It orders the types; it is no estimate of speed. Scalar instructions are
+not counted.
 """
 
 from __future__ import annotations
