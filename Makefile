@@ -25,17 +25,13 @@ help: ## this list
 
 setup: $(VENV)/.installed source ## venv, package, upstream source, patched worktree, Python bindings
 	@$(RUN) patches status | grep -q 'edits the series does not hold' || $(RUN) patches apply >/dev/null
-	@$(BIN)/python -c 'from importlib.metadata import version as v; assert v("llama-cpp-python") == "0.3.36"' \
-		2>/dev/null || { echo "setup: installing llama-cpp-python without its own llama.cpp" && \
-		CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install -q "$$($(RUN) source --sdist-path)"; }
+	@$(RUN) bindings --quiet
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "setup: Python 3.11 or newer is needed; install it or set PYTHON=" >&2; exit 4; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing packages into $(VENV)"
 	@$(BIN)/pip install -q -e '.[dev]'
-	@# cmake and ninja come as packages where the system has none, or too old ones
-	@$(BIN)/python -m turbo_eval.toolchain || $(BIN)/pip install -q -e '.[toolchain]'
 	@touch $@
 
 source: $(VENV)/.installed ## fill llama.cpp/ at the pin (from upstream, else from the package index)
@@ -63,7 +59,7 @@ check: setup ## what needs no compiler: ruff, mypy, patch series
 	@$(BIN)/mypy
 	@$(RUN) patches check
 
-test: build-cpu check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
+test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
 	@build/cpu/bin/test-quantize-fns
 	@$(BIN)/python -m tests.turbo_ops
 	@$(BIN)/pytest

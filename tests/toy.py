@@ -86,6 +86,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     (root / "patches").mkdir()
     (root / "patches" / "series").touch()
     (root / "patches" / "README.md").touch()
+    (root / "patches" / "pin").write_text(f"{pin}\n")
     (root / ".gitignore").write_text("/build/\n")
     allow = ("-c", "protocol.file.allow=always")
     run("git", *allow, "submodule", "--quiet", "add", upstream.as_uri(), "llama.cpp", cwd=root)

@@ -21,14 +21,24 @@ from turbo_eval import patches, paths, source, toolchain
 from turbo_eval.download import atomic_write, file_sha256, lock
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.git import working_tree_hash
+from turbo_eval.project import BESIDE_THE_SOURCES
 
 BACKENDS = ("cpu", "metal", "cuda")
-TARGETS = (
-    *("llama-perplexity", "llama-bench", "llama-completion", "llama-quantize"),
-    *("test-backend-ops", "test-quantize-fns"),
-)
-# Tools that the patch series adds, by their folder: part of a series (bisect) may lack them.
-ADDED = {"tools/kv-calibrate": "llama-kv-calibrate", "tools/kv-probe": "llama-kv-probe"}
+# Targets by the place of their source: those are built whose source is there. Part of a series (bisect), or
+# somebody's fork, may lack some.
+TOOLS = {
+    "tools/perplexity": "llama-perplexity",
+    "tools/llama-bench": "llama-bench",
+    "tools/completion": "llama-completion",
+    "tools/quantize": "llama-quantize",
+    "tools/kv-calibrate": "llama-kv-calibrate",
+    "tools/kv-probe": "llama-kv-probe",
+}
+# llama.cpp's own tests, for whoever changes the patches: in a project nobody asks for them.
+TESTS = {
+    "tests/test-backend-ops.cpp": "test-backend-ops",
+    "tests/test-quantize-fns.cpp": "test-quantize-fns",
+}
 _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",  # llama-cpp-python loads them
@@ -67,6 +77,7 @@ class Build:
         compiler: e.g. "c++ (Debian 12.2.0-14) 12.2.0".
         flags: CMake options that were set, "KEY=VALUE".
         stamp: hash of tree + options + compiler; "" for a foreign folder.
+        patched: our series was on the sources, as we put it there.
     """
 
     backend: str
@@ -77,6 +88,7 @@ class Build:
     compiler: str
     flags: tuple[str, ...]
     stamp: str
+    patched: bool = True
 
     @classmethod
     def from_bin_dir(cls, path: Path) -> Build:
@@ -121,6 +133,7 @@ class Build:
             compiler=compiler[1] if compiler else "",
             flags=(),
             stamp="",
+            patched=False,
         )
 
     def tool(self, name: str) -> Path:
@@ -133,16 +146,16 @@ class Build:
         if not path.is_file():
             raise EnvironmentProblem(
                 f"the {self.backend} build has no {name} in {self.bin_dir}",
-                f"run `make build-{self.backend}`",
+                paths.step(f"build-{self.backend}", f"build {self.backend}"),
             )
         return path
 
     def current(self) -> bool:
-        """Was it built from build/src as that is now? Foreign folders always are."""
+        """Was it built from the sources as they are now? Foreign folders always are."""
         if not self.stamp:
             return True
-        worktree = paths.worktree_dir()
-        return worktree.is_dir() and working_tree_hash(worktree) == self.tree
+        sources = paths.sources_dir(patched=self.patched)
+        return sources.is_dir() and _tree(sources) == self.tree
 
 
 def find_build(backend: str) -> Build:
@@ -157,7 +170,9 @@ def find_build(backend: str) -> Build:
     found = _read_record(folder)
     if found is None:
         what = "was not finished" if (folder / "build.ninja").is_file() else "is not there"
-        raise EnvironmentProblem(f"the {backend} build {what}", f"run `make build-{backend}`")
+        raise EnvironmentProblem(
+            f"the {backend} build {what}", paths.step(f"build-{backend}", f"build {backend}")
+        )
     return found
 
 
@@ -180,6 +195,16 @@ def options(backend: str, *, cuda_archs: str = "") -> dict[str, str]:
     return chosen
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What is to be built: from where, how, and what will then be on record."""
+
+    sources: Path
+    chosen: dict[str, str]
+    targets: tuple[str, ...]
+    made: Build
+
+
 def build(
     backend: str,
     *,
@@ -187,9 +212,10 @@ def build(
     cuda_archs: str = "",
     extra: Sequence[str] = (),
     targets: Sequence[str] | None = None,
+    patched: bool | None = None,
     console: Console | None = None,
 ) -> tuple[Build, bool]:
-    """Build what build/src holds; returns the build and whether anything had to be done.
+    """Build the sources of this checkout or project; returns the build and whether anything had to be done.
 
     A series that changed since it was applied is applied first, unless build/src has edits of
     its own: then those are built, and the build says that it is dirty.
@@ -198,59 +224,117 @@ def build(
         jobs: compilers at a time; all cores if None.
         cuda_archs: CMake's list, e.g. "86-real;90-real".
         extra: further options "KEY=VALUE", e.g. for sanitizers.
-        targets: TARGETS and what the series adds, if None.
+        targets: all that the sources have of TOOLS and (in a checkout) TESTS, if None.
+        patched: with our series; None: as the project says.
 
     Raises:
         EnvironmentProblem: source or toolchain missing, or the compiler failed.
+        UsageError: the series doesn't go onto these sources.
     """
     console = console or Console(stderr=True)
+    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
+    _require_backend(backend)
+    folder = paths.build_dir(backend)
+    with lock(folder / "build"):
+        order = _order(backend, cuda_archs, extra, targets, patched)
+        made = order.made
+        if _read_record(folder) == made and all((made.bin_dir / t).is_file() for t in order.targets):
+            return made, False
+        # From here until the end no one may take this folder for a finished build.
+        (folder / _RECORD).unlink(missing_ok=True)
+        log = folder / "build.log"
+        _configure(cmake.path, ninja.path, order.sources, folder, order.chosen, made.compiler, log)
+        _compile(ninja.path, folder, order.targets, jobs or os.cpu_count() or 2, log, console, backend)
+        if _tree(order.sources) != made.tree:
+            again = paths.step(f"build-{backend}", f"build {backend}")
+            raise EnvironmentProblem(f"{order.sources} was edited while it was built", f"{again} again")
+        record = asdict(made) | {"bin_dir": "bin"}
+        with atomic_write(folder / _RECORD) as stream:
+            stream.write(json.dumps(record, indent=1).encode())
+    return made, True
+
+
+def stamp(
+    backend: str, *, cuda_archs: str = "", extra: Sequence[str] = (), patched: bool | None = None
+) -> str:
+    """What `build` with these arguments would make, as one hash; prepares the sources, compiles nothing.
+
+    Raises:
+        EnvironmentProblem, UsageError: as `build`.
+    """
+    _require_backend(backend)
+    with lock(paths.build_dir(backend) / "build"):
+        return _order(backend, cuda_archs, extra, None, patched).made.stamp
+
+
+def _order(
+    backend: str,
+    cuda_archs: str,
+    extra: Sequence[str],
+    targets: Sequence[str] | None,
+    patched: bool | None,
+) -> _Order:
     chosen = options(backend, cuda_archs=cuda_archs)
     for item in extra:
         key, equals, value = item.removeprefix("-D").partition("=")
         if not equals:
             raise UsageError(f"{item} is no CMake option", "write it as KEY=VALUE")
         chosen[key.split(":")[0]] = value
-    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
     compiler = toolchain.cxx().version
     if backend == "cuda":
         compiler += f", {toolchain.nvcc().version}"
-    folder = paths.build_dir(backend)
-    with lock(folder / "build"):
-        before = patches.status()
-        if not before.dirty and not before.stopped:
-            before = patches.apply()
-        worktree = paths.worktree_dir()
-        if targets is None:
-            targets = (*TARGETS, *(tool for place, tool in ADDED.items() if (worktree / place).is_dir()))
-        tree = working_tree_hash(worktree)
-        flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
-        described = json.dumps([tree, flags, compiler, sorted(targets)])
-        made = Build(
-            backend=backend,
-            bin_dir=folder / "bin",
-            tree=tree,
-            pin=source.pin(),
-            dirty=before.dirty or not before.applied,
-            compiler=compiler,
-            flags=flags,
-            stamp=hashlib.sha256(described.encode()).hexdigest(),
-        )
-        old = _read_record(folder)
-        if old == made and all((made.bin_dir / target).is_file() for target in targets):
-            return made, False
-        # From here until the end no one may take this folder for a finished build.
-        (folder / _RECORD).unlink(missing_ok=True)
-        log = folder / "build.log"
-        _configure(cmake.path, ninja.path, worktree, folder, chosen, compiler, log)
-        _compile(ninja.path, folder, targets, jobs or os.cpu_count() or 2, log, console, backend)
-        if working_tree_hash(worktree) != tree:
-            raise EnvironmentProblem(
-                f"{worktree} was edited while it was built", f"run `make build-{backend}` again"
+    project = paths.project()
+    if patched is None:
+        patched = project is None or project.settings.patches
+    dirty = _prepare(patched)
+    sources = paths.sources_dir(patched=patched)
+    if targets is None:
+        wanted = TOOLS if project is not None else TOOLS | TESTS
+        targets = [target for place, target in wanted.items() if (sources / place).exists()]
+    tree = _tree(sources)
+    flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
+    described = json.dumps([tree, flags, compiler, sorted(targets)])
+    made = Build(
+        backend=backend,
+        bin_dir=paths.build_dir(backend) / "bin",
+        tree=tree,
+        pin=source.pin(),
+        dirty=dirty,
+        compiler=compiler,
+        flags=flags,
+        stamp=hashlib.sha256(described.encode()).hexdigest(),
+        patched=patched,
+    )
+    return _Order(sources, chosen, tuple(targets), made)
+
+
+def _prepare(patched: bool) -> bool:
+    """Bring the sources to what is to be built; whether they have edits that no commit or patch holds."""
+    project = paths.project()
+    if project is not None and project.here:
+        edits = source.own_edits(project.folder)
+        if not patched:
+            return edits
+        if edits:  # the patches go onto a commit; edits would silently be left out
+            raise UsageError(
+                f"{project.folder} has edits that are not committed, and the patches go onto its HEAD",
+                "commit them, or build with --no-patches",
             )
-        record = asdict(made) | {"bin_dir": "bin"}
-        with atomic_write(folder / _RECORD) as stream:
-            stream.write(json.dumps(record, indent=1).encode())
-    return made, True
+    if project is not None:
+        source.ensure_source()
+    if not patched:
+        return not source.state().clean
+    before = patches.status()
+    if not before.dirty and not before.stopped:
+        before = patches.apply()
+    return before.dirty or not before.applied
+
+
+def _tree(sources: Path) -> str:
+    """Hash of the sources as they lie there; what `turbo-eval init` wrote among them doesn't count."""
+    project = paths.project()
+    own = project is not None and sources == project.folder
+    return working_tree_hash(sources, without=BESIDE_THE_SOURCES if own else ())
 
 
 def _require_backend(backend: str) -> None:
@@ -269,7 +353,8 @@ def _read_record(folder: Path) -> Build | None:
 def _environment() -> dict[str, str]:
     env = dict(os.environ)
     # Cache hits across clones and worktrees: paths below the clone count as relative.
-    env.setdefault("CCACHE_BASEDIR", str(paths.repo_root()))
+    project = paths.project()
+    env.setdefault("CCACHE_BASEDIR", str(project.folder if project else paths.repo_root()))
     env.setdefault("CCACHE_NOHASHDIR", "1")
     # A venv's ninja is not on PATH when its python is called by its full name.
     env["PATH"] = f"{env.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"

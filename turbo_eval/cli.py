@@ -15,7 +15,7 @@ from turbo_eval.errors import TurboEvalError
 
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
-    *("doctor", "source", "patches", "build", "models", "corpora"),
+    *("init", "doctor", "source", "patches", "build", "bindings", "models", "corpora"),
     *("plan", "sweep", "table", "gate", "show", "results", "recommend", "bench", "report"),
     *("selftest", "compare", "bisect", "probe", "calibrate", "anchor", "codebooks"),
 )
@@ -54,8 +54,16 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"turbo-eval {__version__}")
+        print(f"turbo-eval {__version__} ({_made_for()})")
         raise typer.Exit
+
+
+def _made_for() -> str:
+    """Which llama.cpp and which patches: what makes one turbo-eval build another tree than the next."""
+    from turbo_eval import patches, source
+
+    series, digest = patches.read_series(), patches.series_sha256()
+    return f"llama.cpp {source.shipped_pin()[:12]}, {len(series)} patches {digest[:12]}"
 
 
 @app.callback()

@@ -71,7 +71,7 @@ def _toolchain() -> Iterator[Finding]:
         ccache or "not installed: rebuilds after a patch change take longer",
         "install ccache (optional)",
     )
-    yield _attempt(section, "nvcc", lambda: _shown(toolchain.nvcc()), "only needed for `make build-cuda`")
+    yield _attempt(section, "nvcc", lambda: _shown(toolchain.nvcc()), "only needed for CUDA builds")
     if sys.platform == "darwin":
         yield Finding(section, "metal", True, "macOS")
 
@@ -83,14 +83,14 @@ def _shown(tool: toolchain.Tool) -> str:
 def _source() -> Iterator[Finding]:
     section = "source"
 
+    fill = paths.step("source", "source")
+
     def upstream() -> str:
         now = source.state()
         if not now.head:
-            raise EnvironmentProblem("llama.cpp/ is empty", "make source")
+            raise EnvironmentProblem("llama.cpp/ is empty", fill)
         if now.head != now.pin:
-            raise EnvironmentProblem(
-                f"llama.cpp/ is at {now.head[:12]}, the pin is {now.pin[:12]}", "make source"
-            )
+            raise EnvironmentProblem(f"llama.cpp/ is at {now.head[:12]}, the pin is {now.pin[:12]}", fill)
         if not now.clean:
             raise EnvironmentProblem(
                 "llama.cpp/ has local changes", f"move them to {paths.worktree_dir()} and check it out anew"
@@ -110,7 +110,19 @@ def _source() -> Iterator[Finding]:
             )
         return f"{len(now.patches)} patches applied, tree {now.tree}"
 
-    yield _attempt(section, "upstream", upstream, required=True)
+    project = paths.project()
+
+    def own(folder: Path) -> str:
+        edits = ", with edits that are not committed" if source.own_edits(folder) else ""
+        return f"{folder} at {source.pin()}{edits}"
+
+    if project is not None and project.here:
+        folder = project.folder
+        yield _attempt(section, "this checkout", lambda: own(folder), required=True)
+        if not project.settings.patches:
+            return
+    else:
+        yield _attempt(section, "upstream", upstream, required=True)
     yield _attempt(section, "patches", series)
 
 
@@ -122,7 +134,8 @@ def _builds() -> Iterator[Finding]:
             edits = ", with edits outside the series" if found.dirty else ""
             if not found.current():
                 raise EnvironmentProblem(
-                    f"tree {found.tree[:12]}, but build/src is another one now", f"make build-{backend}"
+                    f"tree {found.tree[:12]}, but the sources are another one now",
+                    paths.step(f"build-{backend}", f"build {backend}"),
                 )
             return f"tree {found.tree[:12]}{edits}, {found.compiler}{_devices(found)}"
 
@@ -164,7 +177,7 @@ def _bindings() -> Finding:
     try:
         have = version(name)
     except PackageNotFoundError:
-        return Finding(section, name, False, "not installed", "make setup")
+        return Finding(section, name, False, "not installed", "turbo-eval bindings")
     try:
         build = builds.find_build("cpu")
     except EnvironmentProblem as error:
@@ -181,7 +194,11 @@ def _bindings() -> Finding:
     if done.returncode != 0 or len(said) < 2:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Finding(
-            section, name, False, f"{have} does not load {build.bin_dir}: {reason}", "make build-cpu"
+            section,
+            name,
+            False,
+            f"{have} does not load {build.bin_dir}: {reason}",
+            paths.step("build-cpu", "build cpu"),
         )
     return Finding(section, name, True, f"{have} loads {said[0]} ({said[1].strip(' |')})")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem
@@ -90,10 +90,13 @@ def git(
     return stdout
 
 
-def working_tree_hash(repo: Path) -> str:
+def working_tree_hash(repo: Path, *, without: Sequence[str] = ()) -> str:
     """Tree hash of a checkout as it lies on disk, uncommitted edits and new files included.
 
     A copy of the index is used, so that staging is left as it is. Ignored files don't count.
+
+    Args:
+        without: files and folders at the top that don't count either.
     """
     index = Path(git("rev-parse", "--git-path", "index", cwd=repo).strip())
     index = index if index.is_absolute() else repo / index
@@ -102,6 +105,9 @@ def working_tree_hash(repo: Path) -> str:
         scratch.write_bytes(index.read_bytes())
         env = {"GIT_INDEX_FILE": str(scratch)}
         git("add", "--all", cwd=repo, env=env)
+        if without:
+            leave_out = ("rm", "-r", "--quiet", "--cached", "--ignore-unmatch", "--", *without)
+            git(*leave_out, cwd=repo, env=env)
         return git("write-tree", cwd=repo, env=env).strip()
     finally:
         scratch.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ EXPORT = (
     *("format-patch", "--stdout", "--zero-commit", "--full-index", "--binary", "--no-signature"),
     *("--no-stat", "--keep-subject", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
 )
-BESIDE = {"series", "README.md"}
+BESIDE = {"series", "pin", "README.md"}
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,18 @@ def apply(*, force: bool = False) -> SeriesState:
     if now.applied and not now.dirty and not now.stopped:
         return now
     series = read_series()
+    reason: list[str] = []
     with _scratch_worktree(pin) as scratch:
-        failed = _am(scratch, series)
+        failed = _am(scratch, series, reason=reason)
         commit = git("rev-parse", "HEAD", cwd=scratch).strip()
         if failed is None:
             _move_worktree(worktree, commit)
+    if failed is not None and paths.project() is not None:
+        raise UsageError(
+            f"{failed.name} does not apply to {pin[:12]} ({reason[0]})",
+            f"bring the tree closer to upstream's {source.shipped_pin()[:12]}, which the series is made for,"
+            " or build it with --no-patches",
+        )
     if failed is not None:
         # once more where the user can look at it and resolve it
         _move_worktree(worktree, pin)
@@ -171,6 +178,7 @@ def refresh() -> list[str]:
     Raises:
         UsageError: uncommitted edits, fixup commits, merges, or two commits of one subject.
     """
+    _require_clone()
     _require_source()
     worktree, pin, folder = paths.worktree_dir(), source.pin(), paths.patches_dir()
     if not _is_worktree(worktree):
@@ -199,6 +207,9 @@ def refresh() -> list[str]:
     if (folder / "series").read_text() != listing:
         (folder / "series").write_text(listing)
         changes.append("changed: series")
+    if _read_pin(folder) != pin:
+        (folder / "pin").write_text(f"{pin}\n")
+        changes.append("changed: pin")
     # The commits were made by whoever edits; the ones that count are made from the files.
     with _scratch_worktree(pin) as scratch:
         failed = _am(scratch, read_series())
@@ -225,13 +236,19 @@ def check() -> list[str]:
     patches/README.md, applies to the pin with no fuzz, comes out again byte for byte, submodule
     pristine.
     """
+    _require_clone()
     _require_source()
     folder, pin = paths.patches_dir(), source.pin()
     problems: list[str] = []
+    if _read_pin(folder) != pin:
+        problems.append(
+            f"patches/pin says {_read_pin(folder) or 'nothing'}, llama.cpp is pinned to {pin}; "
+            "run `turbo-eval patches apply` and `turbo-eval patches refresh`."
+        )
     try:
         series = read_series()
     except UsageError as error:
-        return [error.sentence()]
+        return [*problems, error.sentence()]
     listed = {patch.name for patch in series}
     for entry in sorted(folder.iterdir()):
         if entry.name not in listed | BESIDE:
@@ -284,6 +301,7 @@ def rebase(revision: str) -> SeriesState:
     Raises:
         UsageError: unknown revision, edits in the way, or a conflict (with the steps to take).
     """
+    _require_clone()
     apply()
     submodule, worktree, root = paths.submodule_dir(), paths.worktree_dir(), paths.repo_root()
     commit = ""
@@ -324,7 +342,20 @@ def _require_source() -> None:
     now = source.state()
     if now.head != now.pin:
         what = f"is at {now.head[:12]}, the pin is {now.pin[:12]}" if now.head else "is empty"
-        raise EnvironmentProblem(f"{paths.submodule_dir()} {what}", "run `make source`")
+        raise EnvironmentProblem(f"{paths.submodule_dir()} {what}", paths.step("source", "source"))
+
+
+def _require_clone() -> None:
+    if paths.project() is not None:
+        raise UsageError(
+            "the series of an installed turbo-eval stays as it is", "change it in a clone of turbo-eval"
+        )
+
+
+def _read_pin(folder: Path) -> str:
+    """The pin as it is written down for packages, which have no gitlink; "" if it isn't."""
+    file = folder / "pin"
+    return file.read_text().strip() if file.is_file() else ""
 
 
 def _is_worktree(folder: Path) -> bool:

@@ -8,18 +8,41 @@ from pathlib import Path
 import platformdirs
 
 from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.project import Project, is_project, load
 
 _ROOT_MARK = Path("patches") / "series"
+_PACKAGE = Path(__file__).resolve().parent
 
 
-def repo_root() -> Path:
-    """The checkout this package works on.
+def project() -> Project | None:
+    """The project (see `turbo-eval init`) that `TURBO_EVAL_ROOT` names or that the current folder lies in.
+
+    None in a checkout of turbo-eval, and where there is neither.
+
+    Raises:
+        UsageError: its project.toml is wrong.
+    """
+    override = os.environ.get("TURBO_EVAL_ROOT")
+    if override:
+        folder = Path(override).expanduser().resolve()
+        return load(folder) if is_project(folder) else None
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if is_project(folder):
+            return load(folder)
+        if (folder / _ROOT_MARK).is_file():
+            return None
+    return None
+
+
+def checkout() -> Path | None:
+    """The clone of turbo-eval to work on, if this is no project.
 
     `TURBO_EVAL_ROOT` if set, else the checkout the package was installed from (editable),
     else the nearest folder at or above the current one that holds `patches/series`.
 
     Raises:
-        EnvironmentProblem: none of these is a turbo-eval checkout.
+        EnvironmentProblem: `TURBO_EVAL_ROOT` is neither checkout nor project.
     """
     override = os.environ.get("TURBO_EVAL_ROOT")
     if override:
@@ -27,16 +50,49 @@ def repo_root() -> Path:
         if not (root / _ROOT_MARK).is_file():
             raise EnvironmentProblem(
                 f"TURBO_EVAL_ROOT={override} is no turbo-eval checkout: it has no {_ROOT_MARK}",
-                "unset it or point it at a clone",
+                "unset it, or point it at a clone or at a folder that `turbo-eval init` set up",
             )
         return root
     here = Path.cwd()
-    for candidate in (Path(__file__).resolve().parent.parent, here, *here.parents):
+    for candidate in (_PACKAGE.parent, here, *here.parents):
         if (candidate / _ROOT_MARK).is_file():
             return candidate
-    raise EnvironmentProblem(
-        f"no turbo-eval checkout at or above {here}", "run from a clone or set TURBO_EVAL_ROOT"
-    )
+    return None
+
+
+def repo_root() -> Path:
+    """Where builds and results go: the checkout, or the `turbo-eval` folder of the project.
+
+    Raises:
+        EnvironmentProblem: there is neither.
+    """
+    found = project()
+    if found is not None:
+        return found.root
+    root = checkout()
+    if root is None:
+        raise EnvironmentProblem(
+            f"there is no turbo-eval project at or above {Path.cwd()}",
+            "make one with `turbo-eval init DIR` and work in it, or set TURBO_EVAL_ROOT",
+        )
+    return root
+
+
+def shipped() -> Path:
+    """What came with this package: patches/ and configs/."""
+    data = _PACKAGE / "data"
+    return data if data.is_dir() else _PACKAGE.parent
+
+
+def shipped_workflows() -> Path:
+    """The workflows for other people's CI: files of this repository's own, packed with the wheel."""
+    data = _PACKAGE / "data"
+    return data / "workflows" if data.is_dir() else _PACKAGE.parent / ".github" / "workflows"
+
+
+def step(target: str, command: str) -> str:
+    """How to take a step here, to end a sentence: make's target, or our command in a project."""
+    return f"run `turbo-eval {command}`" if project() is not None else f"run `make {target}`"
 
 
 def cache_dir() -> Path:
@@ -48,18 +104,22 @@ def cache_dir() -> Path:
 
 
 def submodule_dir() -> Path:
-    """The pristine upstream checkout."""
-    return repo_root() / "llama.cpp"
+    """The pristine checkout under the patches: the submodule, in a project a repository of its own."""
+    return repo_root() / ("llama.cpp" if project() is None else "build/llama.cpp")
 
 
 def patches_dir() -> Path:
-    """The series: one file a patch, `series`, README.md."""
-    return repo_root() / "patches"
+    """The series: one file a patch, `series`, `pin`, README.md."""
+    return _own_or_shipped() / "patches"
 
 
 def configs_dir() -> Path:
     """Sweeps, gates, model and corpus registries (TOML)."""
-    return repo_root() / "configs"
+    return _own_or_shipped() / "configs"
+
+
+def _own_or_shipped() -> Path:
+    return shipped() if project() is not None else checkout() or shipped()
 
 
 def results_dir() -> Path:
@@ -69,8 +129,16 @@ def results_dir() -> Path:
 
 
 def worktree_dir() -> Path:
-    """The worktree of the submodule that carries the applied series."""
+    """The worktree of the pristine checkout that carries the applied series."""
     return repo_root() / "build" / "src"
+
+
+def sources_dir(*, patched: bool = True) -> Path:
+    """What is compiled: the worktree with the patches, or without them what lies under it."""
+    found = project()
+    if patched:
+        return worktree_dir()
+    return found.folder if found is not None and found.here else submodule_dir()
 
 
 def build_dir(backend: str) -> Path:

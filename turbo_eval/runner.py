@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from turbo_eval import paths
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.store import writing
 
@@ -128,7 +129,7 @@ def run(
             )
         except OSError as error:
             raise EnvironmentProblem(
-                f"{argv[0]} cannot be started: {error.strerror}", "rebuild with `make build-cpu`"
+                f"{argv[0]} cannot be started: {error.strerror}", paths.step("build-cpu", "build cpu")
             ) from None
         assert process.stdout is not None
         try:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval import paths
 from turbo_eval.download import fetch, lock, sha256_of, transfer_bar
-from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.git import GitError, git
 from turbo_eval.package_index import RemoteFile, find_file
+from turbo_eval.project import BESIDE_THE_SOURCES, Project
 
 SUBMODULE = "llama.cpp"
+UPSTREAM = "https://github.com/ggml-org/llama.cpp"  # as .gitmodules has it, which a wheel does not hold
 
 # llama-cpp-python's sdist of this version was packed with its git submodules' repositories in it;
 # the one of llama.cpp is at our pin. Move both together.
@@ -30,7 +35,7 @@ PROBE_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class SourceState:
-    """What the submodule holds. `head` is "" when it isn't filled."""
+    """What the pristine checkout holds. `head` is "" when it isn't filled."""
 
     pin: str
     head: str
@@ -42,11 +47,18 @@ class SourceState:
 
 
 def pin() -> str:
-    """The upstream commit that the parent repository's index names for `llama.cpp`.
+    """The commit that the patches go on.
+
+    In a checkout what the parent repository's index names for `llama.cpp`; in a project the pin that
+    came with this package, or HEAD of the checkout that the project lies in.
 
     Raises:
         EnvironmentProblem: the checkout has no such gitlink.
+        UsageError: the project judges its own checkout, and that is no git checkout.
     """
+    project = paths.project()
+    if project is not None:
+        return _own_head(project) if project.here else shipped_pin()
     root = paths.repo_root()
     entry = git("ls-files", "-s", "--", SUBMODULE, cwd=root).split()
     if len(entry) < 2 or entry[0] != "160000":
@@ -56,8 +68,44 @@ def pin() -> str:
     return entry[1]
 
 
+def shipped_pin() -> str:
+    """The pin that patches/pin names, where git's index can't be asked.
+
+    Raises:
+        EnvironmentProblem: the file is missing or holds no commit id.
+    """
+    file = paths.patches_dir() / "pin"
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        raise EnvironmentProblem(f"{file} is missing", "install turbo-eval anew") from None
+    if not re.fullmatch("[0-9a-f]{40}", text):
+        raise EnvironmentProblem(f"{file} holds no commit id", "install turbo-eval anew")
+    return text
+
+
+def _own_head(project: Project) -> str:
+    try:
+        top = Path(git("rev-parse", "--show-toplevel", cwd=project.folder).strip())
+        if top.resolve() == project.folder.resolve():
+            return git("rev-parse", "--verify", "HEAD", cwd=project.folder).strip()
+    except GitError:
+        pass
+    raise UsageError(
+        f'{project.root / "project.toml"} says source = "here", but {project.folder} is not the top of a'
+        " git checkout with a commit",
+        'commit the sources there with git, or say source = "pinned"',
+    )
+
+
+def own_edits(folder: Path) -> bool:
+    """Has a checkout edits that aren't committed? What `turbo-eval init` wrote doesn't count."""
+    beside = [f":(exclude){name}" for name in BESIDE_THE_SOURCES]
+    return bool(git("status", "--porcelain", "--", ".", *beside, cwd=folder).strip())
+
+
 def state() -> SourceState:
-    """Look at the submodule without touching it."""
+    """Look at the pristine checkout without touching it."""
     folder = paths.submodule_dir()
     if not (folder / ".git").exists():
         return SourceState(pin(), "", clean=True)
@@ -69,7 +117,8 @@ def state() -> SourceState:
 
 
 def ensure_source(*, offline_route: bool = False) -> str:
-    """Fill the submodule at the pin; says where it came from: "present", "upstream" or "sdist".
+    """Fill the pristine checkout at the pin; says where it came from: "present", "upstream", "sdist",
+    or "here" from the checkout that a project lies in.
 
     Both routes end in git checking out the pinned commit, whose id is a hash over all content:
     what was checked out is what was pinned, wherever the bytes came from.
@@ -94,10 +143,13 @@ def ensure_source(*, offline_route: bool = False) -> str:
             f"{folder} has local changes, and it must stay as upstream made it",
             f"move them to {paths.worktree_dir()}, then run `git -C {SUBMODULE} checkout --force {now.pin}`",
         )
-    root = paths.repo_root()
     if now.head and _has_commit(folder, now.pin):
         git("checkout", "--quiet", "--detach", now.pin, cwd=folder)
         return _proven("present")
+    project = paths.project()
+    if project is not None:
+        return _proven(_into_own_repository(project, now.pin, offline_route=offline_route))
+    root = paths.repo_root()
     reason = ""
     if not offline_route:
         reason = _from_upstream(root)
@@ -126,7 +178,7 @@ def _proven(route: str) -> str:
     if now.head != now.pin or not now.clean:
         raise EnvironmentProblem(
             f"{SUBMODULE} is at {now.head or 'no commit'} after the download, the pin is {now.pin}",
-            f"remove {paths.submodule_dir()} and run `make source` again",
+            f"remove {paths.submodule_dir()} and {paths.step('source', 'source')} again",
         )
     return route
 
@@ -163,15 +215,40 @@ def ensure_sdist() -> Path:
             return fetch(pinned, target, on_bytes=on_bytes)
 
 
-def _from_sdist(root: Path, reason: str) -> None:
+def _into_own_repository(project: Project, commit: str, *, offline_route: bool) -> str:
+    """Fill a project's repository: it has no parent whose submodule it could be."""
+    folder = paths.submodule_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ".git" / "HEAD").is_file():
+        git("init", "--quiet", cwd=folder)
+    fetch = ("fetch", "--quiet", "--depth", "1")
+    route, reason = "here", ""
+    if project.here:
+        git(*fetch, project.folder.as_uri(), "HEAD", cwd=folder)
+    else:
+        route = "upstream"
+        try:
+            if offline_route:
+                raise GitError("not asked")
+            git("ls-remote", "--exit-code", UPSTREAM, "HEAD", cwd=folder, timeout=PROBE_SECONDS)
+            git(*fetch, UPSTREAM, commit, cwd=folder, timeout=1800)
+        except GitError as error:
+            route, reason = "sdist", "" if offline_route else error.message
+    if route == "sdist":
+        with _donor(commit, folder / ".git", reason) as donor:
+            git(*fetch, donor.as_uri(), commit, cwd=folder)
+    git("checkout", "--quiet", "--force", "--detach", commit, cwd=folder)
+    return route
+
+
+@contextmanager
+def _donor(commit: str, git_dir: Path, reason: str) -> Iterator[Path]:
+    """The repository out of the sdist, unpacked inside `git_dir`: same disk, never seen by git status."""
     try:
         archive = ensure_sdist()
     except EnvironmentProblem as error:
         first = f"upstream did not answer ({reason}), and " if reason else ""
         raise EnvironmentProblem(first + error.message, error.next_step) from error
-    commit = pin()
-    # Inside the repository's own git folder: same disk, never seen by git status.
-    git_dir = Path(git("rev-parse", "--absolute-git-dir", cwd=root).strip())
     with tempfile.TemporaryDirectory(prefix="turbo-eval-source-", dir=git_dir) as scratch:
         donor = Path(scratch) / "llama.cpp.git"
         _unpack_repository(archive, donor)
@@ -180,6 +257,13 @@ def _from_sdist(root: Path, reason: str) -> None:
                 f"{SDIST_NAME} carries another commit than the pin {commit}",
                 "run `git submodule update --init` where upstream can be reached",
             )
+        yield donor
+
+
+def _from_sdist(root: Path, reason: str) -> None:
+    commit = pin()
+    git_dir = Path(git("rev-parse", "--absolute-git-dir", cwd=root).strip())
+    with _donor(commit, git_dir, reason) as donor:
         url = git("config", "-f", ".gitmodules", f"submodule.{SUBMODULE}.url", cwd=root).strip()
         _remove_wreck(root)
         git("submodule", "init", "--", SUBMODULE, cwd=root)

@@ -1,7 +1,4 @@
-"""cmake, ninja and compilers: which one, recent enough or not.
-
-`python -m turbo_eval.toolchain` exits 0 when cmake and ninja are there (used by `make setup`).
-"""
+"""cmake, ninja and compilers: which one, recent enough or not."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ def find(name: str) -> Tool:
         seen = f"{path} is {line or 'not runnable'}"
     raise EnvironmentProblem(
         f"{name} {wanted} or newer is needed and {seen}",
-        f"run `make setup`, or `{Path(sys.executable).name} -m pip install {name}`",
+        f"run `{sys.executable} -m pip install {name}`",
     )
 
 
@@ -124,13 +121,5 @@ def require_metal() -> None:
     if sys.platform != "darwin":
         raise EnvironmentProblem(
             f"the Metal build needs macOS, this is {sys.platform}",
-            "run `make build-cpu` here",
+            "build for the CPU here",
         )
-
-
-if __name__ == "__main__":
-    try:
-        for required in MINIMUM:
-            find(required)
-    except EnvironmentProblem:
-        sys.exit(1)

@@ -1,4 +1,4 @@
-"""`turbo-eval build`: compile what build/src holds."""
+"""`turbo-eval build`: compile llama.cpp for one backend."""
 
 from __future__ import annotations
 
@@ -18,19 +18,40 @@ def register(app: typer.Typer) -> None:
             "", help="CUDA architectures, e.g. '86-real;90-real'; those of this machine's GPU if not given."
         ),
         option: list[str] = typer.Option([], "--option", "-D", help="A further CMake option KEY=VALUE."),
+        patched: bool | None = typer.Option(
+            None,
+            "--patches/--no-patches",
+            help="With turbo-eval's patches or without; if not given as turbo-eval/project.toml says.",
+            show_default=False,
+        ),
+        key: bool = typer.Option(
+            False,
+            "--key",
+            help="Compile nothing; print a key for caches: sources, options, compiler, machine.",
+        ),
     ) -> None:
-        """Build the patched llama.cpp for one backend into build/BACKEND/bin.
+        """Build llama.cpp for one backend into build/BACKEND/bin.
 
-        Does nothing when neither sources nor options changed since the last time.
+        In a clone of turbo-eval that is upstream's pin with the patches; in a folder that `turbo-eval init`
+        set up it is what project.toml says, fetched first where need be. Does nothing when neither
+        sources nor options changed since the last time.
 
           turbo-eval build cpu
 
           turbo-eval build cuda --cuda-archs 90-real
+
+          turbo-eval build cpu --no-patches
         """
         from turbo_eval import build as builds
 
+        if key:
+            from turbo_eval.provenance import machine
+
+            made_of = builds.stamp(backend, cuda_archs=cuda_archs, extra=option, patched=patched)
+            print(f"{backend}-{machine().id}-{made_of[:20]}")
+            return
         started = time.monotonic()
-        made, worked = builds.build(backend, jobs=jobs, cuda_archs=cuda_archs, extra=option)
+        made, worked = builds.build(backend, jobs=jobs, cuda_archs=cuda_archs, extra=option, patched=patched)
         spent = f"in {time.monotonic() - started:.0f} s" if worked else "already"
-        edits = ", with edits that the series does not hold" if made.dirty else ""
+        edits = ", with edits that no commit or patch holds" if made.dirty else ""
         print(f"{backend} build of tree {made.tree[:12]} is in {made.bin_dir} {spent}{edits}")

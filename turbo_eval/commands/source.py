@@ -37,5 +37,6 @@ def register(app: typer.Typer) -> None:
             "present": "was here already",
             "upstream": "came from upstream's git server",
             "sdist": f"came from the repository inside {source.SDIST_NAME}",
+            "here": "came from the checkout this project lies in",
         }[route]
         print(f"llama.cpp at {source.pin()} {origin}: {paths.submodule_dir()}")

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from turbo_eval import judge, parse
+from turbo_eval import bindings, judge, parse
 from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.plan import Job, references
 from turbo_eval.record import Cell, Greedy, Needle, Record, Run
@@ -22,9 +22,10 @@ def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
     """Run a "greedy" or "needle" cell and judge it.
 
     Raises:
-        EnvironmentProblem: the log cannot be written.
+        EnvironmentProblem: llama-cpp-python is missing, or the log cannot be written.
         KeyboardInterrupt: after ending the process; nothing is recorded.
     """
+    bindings.require()
     cell = job.cell
     with tempfile.TemporaryDirectory(prefix="turbo-eval-") as folder:
         output = Path(folder) / "output.json"
