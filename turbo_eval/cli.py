@@ -16,7 +16,7 @@ from turbo_eval.errors import TurboEvalError
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
     *("init", "doctor", "source", "patches", "build", "bindings", "models", "corpora"),
-    *("plan", "sweep", "table", "gate", "show", "results", "recommend", "bench", "report"),
+    *("plan", "sweep", "worker", "table", "gate", "show", "results", "recommend", "bench", "report"),
     *("selftest", "compare", "bisect", "probe", "calibrate", "anchor", "codebooks"),
 )
 

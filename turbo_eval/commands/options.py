@@ -54,6 +54,27 @@ BinDir = Annotated[
     typer.Option(help="Use llama.cpp's tools from this folder instead of our build.", show_default=False),
 ]
 Results = Annotated[Path | None, typer.Option(help="Results folder (default: results/).", show_default=False)]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Where cells run: local, local:N, tcp://host:port, tls://host:port or a scheduler file.",
+        show_default=False,
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", "-j", help="Cells at a time on this machine, one a device: as local:N.", show_default=False
+    ),
+]
+TlsCa = Annotated[
+    Path | None, typer.Option(help="Authority that signed all certificates (PEM).", show_default=False)
+]
+TlsCert = Annotated[Path | None, typer.Option(help="Own certificate (PEM).", show_default=False)]
+TlsKey = Annotated[Path | None, typer.Option(help="Its key (PEM).", show_default=False)]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Allow an unencrypted scheduler on another machine.")
+]
 
 
 def _split(text: str | None) -> list[str] | None:
@@ -125,3 +146,26 @@ def load_build(backend: str, bin_dir: Path | None) -> Any:
     from turbo_eval.build import Build, find_build
 
     return Build.from_bin_dir(bin_dir) if bin_dir else find_build(backend)
+
+
+def load_build_to_plan(backend: str, bin_dir: Path | None, *, remote: bool) -> Any:
+    """As `load_build`; for a remote sweep any build of ours will do, because only its tree and cache
+    types are looked at here: a laptop can plan for a cluster's GPUs.
+
+    Raises:
+        EnvironmentProblem, UsageError: as `load_build`.
+    """
+    from dataclasses import replace
+
+    from turbo_eval.build import BACKENDS, find_build
+    from turbo_eval.errors import EnvironmentProblem
+
+    try:
+        return load_build(backend, bin_dir)
+    except EnvironmentProblem:
+        for other in BACKENDS if remote and backend in BACKENDS else ():
+            try:
+                return replace(find_build(other), backend=backend)
+            except EnvironmentProblem:
+                continue
+        raise

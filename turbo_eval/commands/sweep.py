@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated, Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from turbo_eval.commands import options as o
+
+if TYPE_CHECKING:
+    from turbo_eval.plan import Plan
+    from turbo_eval.provenance import Provenance
+    from turbo_eval.scale.target import Target, TlsFiles
+    from turbo_eval.sweep import Reporter, SweepResult
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +32,8 @@ def register(app: typer.Typer) -> None:
           turbo-eval sweep --model my.gguf --corpus my.txt --pairs f16:f16,q8_0:turbo3 --chunks 20
 
           turbo-eval sweep configs/issue-27.toml --model qwen2.5-coder-1.5b --chunks 4 --json
+
+          turbo-eval sweep configs/full.toml --scheduler scheduler.json
         """
     )(sweep)
 
@@ -46,6 +56,14 @@ def sweep(
     timeout: o.Timeout = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
+    scheduler: o.Scheduler = None,
+    jobs: o.Jobs = None,
+    retries: Annotated[int, typer.Option(help="How often a cell is tried again that a worker lost.")] = 2,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for a worker that fits.")] = 60.0,
+    tls_ca: o.TlsCa = None,
+    tls_cert: o.TlsCert = None,
+    tls_key: o.TlsKey = None,
+    insecure: o.Insecure = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell, on record or not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
@@ -53,11 +71,10 @@ def sweep(
     from turbo_eval.plan import make_plan
     from turbo_eval.progress import live
     from turbo_eval.provenance import collect
-    from turbo_eval.runner import seconds_in_children
-    from turbo_eval.store import Store
-    from turbo_eval.sweep import run_sweep
+    from turbo_eval.scale.target import TlsFiles, parse_target
     from turbo_eval.table import by_setting, json_rows, render_rich, summarize
 
+    target = parse_target(scheduler, jobs)
     spec = o.load_spec(
         config,
         o.overrides(
@@ -77,20 +94,18 @@ def sweep(
             timeout=timeout,
         ),
     )
-    build = o.load_build(spec.backend, bin_dir)
+    build = o.load_build_to_plan(spec.backend, bin_dir, remote=target.kind == "remote")
     plan = make_plan(spec, build)
     provenance = collect(build)
-    store = Store(results or results_dir(), provenance.machine.id)
-    began, before = time.monotonic(), seconds_in_children()
+    root = results or results_dir()
     with live(plan) as reporter:
-        result = run_sweep(plan, provenance, store, reporter, fresh=fresh)
-    llama = seconds_in_children() - before
-    own = time.monotonic() - began - llama
-    ran = len(result.records) - result.reused
-    print(
-        f"{ran} cells run, {result.reused} on record; {llama:.1f} s in llama.cpp, {own:.1f} s here",
-        file=sys.stderr,
-    )
+        if target.kind == "local":
+            result = _here(plan, provenance, root, reporter, fresh)
+        else:
+            tls = TlsFiles(tls_ca, tls_cert, tls_key)
+            result = _spread(
+                plan, provenance, root, reporter, fresh, target, bin_dir, tls, insecure, retries, patience
+            )
     rows = summarize(result.records, spec.baseline)
     if as_json:
         by_key: dict[str, dict[str, Any]] = {r["key"]: r for r in json_rows(rows)}
@@ -106,8 +121,65 @@ def sweep(
     for record in failed:
         print(
             f"turbo-eval: {record.cell.model} {record.cell.pair()} {record.cell.metric} is"
-            f" {record.status}: {record.detail}; log: {store.root / record.run.log}",
+            f" {record.status}: {record.detail}; log: {root / record.run.log}",
             file=sys.stderr,
         )
     if failed:
         raise typer.Exit(3)
+
+
+def _here(plan: Plan, provenance: Provenance, root: Path, reporter: Reporter, fresh: bool) -> SweepResult:
+    """One cell after the other, in this process."""
+    from turbo_eval.runner import seconds_in_children
+    from turbo_eval.store import Store
+    from turbo_eval.sweep import run_sweep
+
+    store = Store(root, provenance.machine.id)
+    began, before = time.monotonic(), seconds_in_children()
+    result = run_sweep(plan, provenance, store, reporter, fresh=fresh)
+    llama = seconds_in_children() - before
+    own = time.monotonic() - began - llama
+    ran = len(result.records) - result.reused
+    print(
+        f"{ran} cells run, {result.reused} on record; {llama:.1f} s in llama.cpp, {own:.1f} s here",
+        file=sys.stderr,
+    )
+    return result
+
+
+def _spread(
+    plan: Plan,
+    provenance: Provenance,
+    root: Path,
+    reporter: Reporter,
+    fresh: bool,
+    target: Target,
+    bin_dir: Path | None,
+    tls: TlsFiles,
+    insecure: bool,
+    retries: int,
+    patience: float,
+) -> SweepResult:
+    """On the workers of a scheduler, which for local:N is started here."""
+    from turbo_eval.scale import require_distributed
+
+    require_distributed()
+    from turbo_eval.scale.cluster import Cluster
+    from turbo_eval.scale.executor import Patience, run_on_cluster
+    from turbo_eval.scale.pool import pool
+    from turbo_eval.scale.target import security
+
+    began = time.monotonic()
+    with ExitStack() as stack:
+        if target.kind == "pool":
+            threads = plan.spec.threads
+            address = stack.enter_context(pool(target.jobs, plan.spec.backend, threads, bin_dir))
+            secured = None
+        else:
+            address, secured = target.address, security(target.address, tls, insecure=insecure)
+        cluster = stack.enter_context(Cluster(address, secured))
+        allowed = Patience(patience, retries)
+        result = run_on_cluster(plan, provenance, root, reporter, cluster, fresh=fresh, patience=allowed)
+    ran = len(result.records) - result.reused
+    print(f"{ran} cells run, {result.reused} on record; {time.monotonic() - began:.1f} s", file=sys.stderr)
+    return result
