@@ -1,0 +1,312 @@
+"""Spreading cells, the parts that need no scheduler."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.records import make_cell
+from turbo_eval import scale
+from turbo_eval.download import FileMemory, file_sha256, sha256_of
+from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.provenance import machine
+from turbo_eval.scale import entry, guard
+from turbo_eval.scale.content import Content, RefusedError
+from turbo_eval.scale.placement import Placement
+from turbo_eval.scale.pool import shares
+from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_address, security
+from turbo_eval.scale.wire import Need
+
+DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}
+ANY = float("inf")
+
+
+def test_local_work_imports_no_dask() -> None:
+    code = (
+        "import sys, turbo_eval.cli, turbo_eval.sweep, turbo_eval.commands.sweep, turbo_eval.scale.target\n"
+        "sys.exit(any(m.split('.')[0] in ('dask', 'distributed') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_needs_neither_numpy_nor_gguf() -> None:
+    code = "import sys, turbo_eval.cli; sys.exit(bool({'numpy', 'gguf', 'httpx2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_missing_dask_is_said_with_the_way_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "find_spec", lambda _: None)
+    with pytest.raises(EnvironmentProblem, match="Dask") as caught:
+        scale.require_distributed()
+    assert "turbo-eval[scale]" in caught.value.next_step
+
+
+# -- where ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "jobs", "target"),
+    [
+        (None, None, Target("local")),
+        ("local", None, Target("local")),
+        (None, 1, Target("local")),
+        ("local:1", None, Target("local")),
+        ("local:3", None, Target("pool", 3)),
+        (None, 3, Target("pool", 3)),
+        ("tcp://head:8786", None, Target("remote", address="tcp://head:8786")),
+        ("tls://10.0.0.1:8786", None, Target("remote", address="tls://10.0.0.1:8786")),
+    ],
+)
+def test_jobs_and_local_n_are_one_mechanism(scheduler: str | None, jobs: int | None, target: Target) -> None:
+    assert parse_target(scheduler, jobs) == target
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "jobs", "words"),
+    [
+        ("local:2", 2, "say the same thing"),
+        (None, 0, "--jobs 0"),
+        ("local:0", None, "local:0"),
+        ("head:8786", None, "tcp://host:8786"),
+        ("dask://head:8786", None, "is no scheduler"),
+        ("/nowhere/s.json", None, "no scheduler file"),
+    ],
+)
+def test_bad_targets(scheduler: str | None, jobs: int | None, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_target(scheduler, jobs)
+    assert words in caught.value.sentence()
+
+
+def test_scheduler_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"type": "Scheduler", "address": "tls://10.1.2.3:8786"}))
+    assert scheduler_address(str(file)) == "tls://10.1.2.3:8786"
+    file.write_text("{}")
+    with pytest.raises(UsageError, match="no scheduler file"):
+        scheduler_address(str(file))
+
+
+def test_plain_tcp_only_on_loopback_or_when_said() -> None:
+    assert security("tcp://127.0.0.1:8786", TlsFiles(), insecure=False) is None
+    assert security("tcp://10.0.0.1:8786", TlsFiles(), insecure=True) is None
+    with pytest.raises(UsageError, match="not encrypted"):
+        security("tcp://10.0.0.1:8786", TlsFiles(), insecure=False)
+    with pytest.raises(UsageError, match="not encrypted"):
+        security("tcp://127.0.0.1.example.org:8786", TlsFiles(), insecure=False)
+
+
+def test_tls_needs_its_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="certificates"):
+        security("tls://10.0.0.1:8786", TlsFiles(), insecure=False)
+    with pytest.raises(UsageError, match="no certificate"):
+        security("tls://10.0.0.1:8786", TlsFiles(ca=tmp_path / "ca.pem"), insecure=False)
+    with pytest.raises(UsageError, match="takes no certificates"):
+        security("tcp://127.0.0.1:8786", TlsFiles(ca=tmp_path / "ca.pem"), insecure=False)
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    with pytest.raises(EnvironmentProblem, match="cannot be used"):
+        security("tls://10.0.0.1:8786", TlsFiles(junk, junk, junk), insecure=False)
+
+
+def test_a_cpu_is_split_and_never_oversubscribed() -> None:
+    cores = machine().cores
+    assert [s.threads for s in shares(2, "cpu", None)] == [cores // 2] * 2 if cores > 1 else True
+    assert [s.threads for s in shares(cores, "cpu", 1)] == [1] * cores
+    with pytest.raises(UsageError, match="more than the"):
+        shares(2, "cpu", cores)
+    with pytest.raises(UsageError, match="more than the"):
+        shares(cores + 1, "cpu", None)
+    with pytest.raises(UsageError, match="one Metal device"):
+        shares(2, "metal", None)
+
+
+def test_each_gpu_gets_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [s.env["CUDA_VISIBLE_DEVICES"] for s in shares(2, "cuda", None)] == ["3", "5"]
+    with pytest.raises(UsageError, match="3 GPUs, this machine has 2"):
+        shares(3, "cuda", None)
+
+
+# -- placement -----------------------------------------------------------------------------------------
+
+
+def test_a_comparison_stays_on_one_class_of_machine() -> None:
+    cells = [make_cell(pair, ctx=ctx) for ctx in (512, 1024) for pair in ("f16:f16", "q8_0:q8_0")]
+    placement = Placement(cells, [1.0] * 4)
+    assert placement.take("a", ANY) == 0
+    assert placement.take("b", ANY) == 2, "b gets the other comparison, not the rest of a's"
+    assert placement.take("a", ANY) == 1
+    assert placement.take("a", ANY) is None
+    placement.give_back(3) if placement.take("b", ANY) == 3 else pytest.fail("b did not get its second")
+    assert placement.take("a", ANY) is None, "what b gave back is b's"
+    assert placement.take("b", ANY) == 3
+
+
+def test_a_cell_waits_for_those_it_is_judged_by() -> None:
+    kinds: list[dict[str, Any]] = [
+        {"metric": "decode", "ubatch": 1, "chunks": 2, "options": DECODE},
+        {"metric": "ppl"},
+        {"metric": "greedy", "options": {"prompts": 1}},
+    ]
+    cells = [make_cell("q8_0:q8_0", **kind) for kind in kinds]
+    cells.append(make_cell("f16:f16", **kinds[2]))
+    placement = Placement(cells, [1.0] * 4)
+    assert len(placement.groups) == 1
+    assert [placement.take("a", ANY) for _ in range(3)] == [1, 3, None]
+    placement.done(1)
+    assert placement.take("a", ANY) == 0
+    assert placement.take("a", ANY) is None
+    placement.done(3)
+    assert placement.take("a", ANY) == 2
+
+
+def test_a_comparison_goes_where_its_largest_cell_fits() -> None:
+    placement = Placement([make_cell("f16:f16"), make_cell("q8_0:q8_0")], [1.0, 30.0])
+    assert placement.take("small", 24.0) is None
+    assert placement.take("large", 80.0) == 0
+
+
+def test_a_class_that_is_gone_keeps_only_what_it_measured() -> None:
+    cells = [make_cell("f16:f16", ctx=ctx) for ctx in (512, 1024)]
+    placement = Placement(cells, [1.0] * 2)
+    for number in (placement.take("a", ANY), placement.take("a", ANY)):
+        assert number is not None
+        placement.done(number) if number == 0 else placement.give_back(number)
+    placement.release("a")
+    assert [group.machine for group in placement.groups.values()] == ["a", None]
+
+
+# -- what is unpickled ---------------------------------------------------------------------------------
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_no_pickle_calls_anything_of_others(protocol: int) -> None:
+    bomb = pickle.dumps(_Bomb(), protocol=protocol)
+    assert pickle.loads(bomb) == os.getpid()
+    guard.turn_on()
+    try:
+        for load in (pickle.loads, pickle._loads):  # type: ignore[attr-defined]
+            with pytest.raises(pickle.UnpicklingError, match=r"posix\.getpid"):
+                load(bomb)
+        assert pickle.loads(pickle.dumps(entry.call, protocol=protocol)) is entry.call
+        assert pickle.loads(pickle.dumps({"a": [1, 2.0, "x", None]}, protocol=protocol))["a"][1] == 2.0
+        assert isinstance(pickle.loads(pickle.dumps(ValueError("x"), protocol=protocol)), ValueError)
+        with guard.trusted():
+            assert pickle.loads(bomb) == os.getpid()
+    finally:
+        guard.turn_off()
+    assert pickle.loads(bomb) == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        b"c__builtin__\neval\n(S'1+1'\ntR.",  # Python 2's name of builtins
+        b"cbuiltins\neval\n(S'1+1'\ntR.",
+        b"cbuiltins\ngetattr\n.",
+        b"cbuiltins\n__import__\n.",
+        b"cbuiltins\nSystemExit\n.",  # ends a process, is no Exception
+        b"cturbo_eval.scale.entry\ninstall\n.",
+        b"\x80\x04\x8c\x16turbo_eval.scale.entry\x8c\x07install\x93.",
+        b"ccopyreg\n_reconstructor\n.",
+    ],
+)
+def test_known_ways_around_are_closed(attack: bytes) -> None:
+    guard.turn_on()
+    try:
+        with pytest.raises(pickle.UnpicklingError):
+            pickle.load(io.BytesIO(attack))
+    finally:
+        guard.turn_off()
+
+
+def test_a_plain_dask_worker_says_what_it_is() -> None:
+    code = "from turbo_eval.scale import entry; print(entry.call('{}'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "turbo-eval worker" in json.loads(done.stdout)["refused"]
+
+
+# -- files by content ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("TURBO_EVAL_CACHE", str(folder))
+    return folder
+
+
+def _need(path: Path, name: str) -> Need:
+    return Need(kind="model", name=name, sha256=sha256_of(path), size=path.stat().st_size)
+
+
+def test_bytes_are_kept_only_if_they_are_what_was_announced(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(bytes(range(256)) * 40)
+    need, content = _need(file, "mine"), Content()
+    data = file.read_bytes()
+    assert content.locate(need) is None
+    assert content.receive(need, 0, data[:4000]) == 4000
+    assert content.receive(need, 8000, data[8000:]) == 4000, "a gap is not filled with nothing"
+    assert content.locate(need) is None
+    assert content.receive(need, 4000, data[4000:]) == need.size
+    found = content.locate(need)
+    assert found is not None and found.read_bytes() == data and found.is_relative_to(cache)
+
+    found.unlink()
+    with pytest.raises(RefusedError, match="bytes sent for mine"):
+        content.receive(need, 0, b"x" * need.size)
+    assert content.locate(need) is None
+    assert not [p for p in (cache / "content").iterdir() if p.name.endswith((".part", ".gguf"))]
+
+
+def test_a_file_that_was_hashed_before_is_found_by_its_content(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.bin"
+    file.write_bytes(b"weights")
+    need = _need(file, "mine")
+    assert Content().locate(need) is None, "it is not searched for on the disk"
+    file_sha256(file)
+    assert Content().locate(need) == file.resolve()
+    file.write_bytes(b"changed")
+    assert FileMemory().find(need.sha256) is None
+
+
+@pytest.mark.parametrize("place", ["cache", "folder"])
+def test_another_file_of_the_same_name_is_refused(cache: Path, tmp_path: Path, place: str) -> None:
+    good = tmp_path / "good.gguf"
+    good.write_bytes(b"right")
+    folder = cache / "models" if place == "cache" else tmp_path / "models"
+    folder.mkdir()
+    (folder / "mine.gguf").write_bytes(b"wrong")
+    content = Content([tmp_path / "models"])
+    need = _need(good, "mine")
+    file_sha256(good)  # its content is known here; the other file is in the way all the same
+    for ask in (content.check, content.locate):
+        with pytest.raises(RefusedError) as caught:
+            ask(need)
+        assert "mine.gguf is not the model mine" in caught.value.sentence()
+        assert need.sha256[:12] in caught.value.sentence()
+    (folder / "mine.gguf").write_bytes(b"right")
+    assert content.locate(need) == folder / "mine.gguf"
+
+
+def test_a_name_is_no_way_out_of_the_folder(cache: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.gguf"
+    secret.write_bytes(b"secret")
+    need = Need(kind="model", name="../secret", sha256="0" * 64, size=6)
+    assert Content([tmp_path / "models"])._by_name(need) == []
