@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from turbo_eval import paths
 from turbo_eval.build import Build, find_build
 from turbo_eval.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.errors import TurboEvalError
@@ -47,3 +51,33 @@ def prose() -> CorpusFile:
         return resolve_corpus(default_name())
     except TurboEvalError as error:
         absent(error)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A wheel, the sdist it was made from, and a virtual environment that holds the wheel."""
+
+    wheel: Path
+    sdist: Path
+    python: Path
+
+    @property
+    def command(self) -> Path:
+        return self.python.parent / "turbo-eval"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """This checkout packed, and installed into an empty virtual environment elsewhere: some minutes."""
+    folder = tmp_path_factory.mktemp("installed")
+    dist, venv = folder / "dist", folder / "venv"
+    for command in (
+        [sys.executable, "-m", "build", "--outdir", dist, paths.shipped()],
+        [sys.executable, "-m", "venv", venv],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    python = venv / "bin" / "python"
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Installed(wheel, sdist, python)

@@ -312,7 +312,7 @@ def _prepare(patched: bool) -> bool:
     """Bring the sources to what is to be built; whether they have edits that no commit or patch holds."""
     project = paths.project()
     if project is not None and project.here:
-        edits = source.own_edits(project.folder)
+        edits = source.own_edits(project)
         if not patched:
             return edits
         if edits:  # the patches go onto a commit; edits would silently be left out

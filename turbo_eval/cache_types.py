@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from turbo_eval import paths
 from turbo_eval.errors import UsageError
 
 
@@ -46,15 +47,24 @@ def cache_type(name: str) -> CacheType:
     Raises:
         UsageError: no such type; names the nearest one.
     """
-    try:
+    if name in CACHE_TYPES:
         return CACHE_TYPES[name]
-    except KeyError:
-        raise UsageError(f"unknown cache type {name!r}", _did_you_mean(name)) from None
+    own = _of_project()
+    if name in own:
+        return own[name]
+    raise UsageError(f"unknown cache type {name!r}", _did_you_mean(name, [*CACHE_TYPES, *own]))
 
 
-def _did_you_mean(name: str) -> str:
-    near = get_close_matches(name.lower(), CACHE_TYPES, n=1, cutoff=0.4)
-    known = ", ".join(CACHE_TYPES)
+def _of_project() -> dict[str, CacheType]:
+    """What the sources of the project that we are in have beside ours."""
+    project = paths.project()
+    types = project.settings.types if project is not None else {}
+    return {name: CacheType(name, size.block, size.block_bytes) for name, size in types.items()}
+
+
+def _did_you_mean(name: str, types: list[str]) -> str:
+    near = get_close_matches(name.lower(), types, n=1, cutoff=0.4)
+    known = ", ".join(types)
     return f"perhaps you meant {near[0]!r} (known: {known})" if near else f"known are {known}"
 
 

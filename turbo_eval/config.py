@@ -256,8 +256,11 @@ def load_sweep_data(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_gate(path: Path) -> GateSpec:
+def load_gate(path: Path, *, backend: str | None = None) -> GateSpec:
     """Read a gate.
+
+    Args:
+        backend: in place of the one that the sweep names.
 
     Raises:
         UsageError: anything wrong in it.
@@ -267,6 +270,8 @@ def load_gate(path: Path) -> GateSpec:
         raise UsageError(f"config {path} has no [[check]]", "add one, as in configs/gates.toml")
     if isinstance(data.get("sweep"), dict):
         data["sweep"].setdefault("name", path.stem)
+        if backend is not None:
+            data["sweep"]["backend"] = backend
     return _validated(GateSpec, data, str(path))
 
 

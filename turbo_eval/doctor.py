@@ -15,6 +15,7 @@ from turbo_eval import build as builds
 from turbo_eval import corpora, models, patches, paths, provenance, source, toolchain
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.git import git
+from turbo_eval.project import Project
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,12 @@ def _source() -> Iterator[Finding]:
 
     project = paths.project()
 
-    def own(folder: Path) -> str:
-        edits = ", with edits that are not committed" if source.own_edits(folder) else ""
-        return f"{folder} at {source.pin()}{edits}"
+    def own(project: Project) -> str:
+        edits = ", with edits that are not committed" if source.own_edits(project) else ""
+        return f"{project.folder} at {source.pin()}{edits}"
 
     if project is not None and project.here:
-        folder = project.folder
-        yield _attempt(section, "this checkout", lambda: own(folder), required=True)
+        yield _attempt(section, "this checkout", lambda: own(project), required=True)
         if not project.settings.patches:
             return
     else:

@@ -14,8 +14,8 @@ from turbo_eval.errors import UsageError
 
 FOLDER = "turbo-eval"
 FILE = "project.toml"
-# Not compiled into anything: editing them makes no other build.
-BESIDE_THE_SOURCES = (FOLDER, ".github")
+# What `init` writes is not compiled into anything: editing it makes no other build.
+BESIDE_THE_SOURCES = (FOLDER, ".github/workflows/turbo-eval.yml", ".github/workflows/turbo-eval-run.yml")
 
 
 class _Strict(BaseModel):
@@ -81,7 +81,8 @@ def load(folder: Path) -> Project:
     try:
         return Project(folder, Settings.model_validate(data))
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key is also a missing one; the first says more
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = BlockSize.model_fields if len(first["loc"]) > 1 else Settings.model_fields

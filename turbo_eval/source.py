@@ -98,10 +98,15 @@ def _own_head(project: Project) -> str:
     )
 
 
-def own_edits(folder: Path) -> bool:
-    """Has a checkout edits that aren't committed? What `turbo-eval init` wrote doesn't count."""
+def own_edits(project: Project) -> bool:
+    """Has the checkout that a project lies in edits that aren't committed? What `init` wrote doesn't count.
+
+    Raises:
+        UsageError: it is no git checkout.
+    """
+    _own_head(project)
     beside = [f":(exclude){name}" for name in BESIDE_THE_SOURCES]
-    return bool(git("status", "--porcelain", "--", ".", *beside, cwd=folder).strip())
+    return bool(git("status", "--porcelain", "--", ".", *beside, cwd=project.folder).strip())
 
 
 def state() -> SourceState:

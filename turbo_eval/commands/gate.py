@@ -19,26 +19,41 @@ def register(app: typer.Typer) -> None:
         or config; 3: cells missing, failed or stale, or no baseline. Nothing is run.
 
           turbo-eval sweep configs/gates.toml && turbo-eval gate configs/gates.toml
+
+          turbo-eval gate configs/gates.toml --backend metal --markdown verdict.md
         """
     )(gate)
 
 
 def gate(
     config: Annotated[Path, typer.Argument(help="A gate config, e.g. configs/gates.toml.")],
+    backend: o.Backend = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Write verdict and table there, for a pull request.", show_default=False),
+    ] = None,
 ) -> None:
     from turbo_eval.config import load_gate
+    from turbo_eval.download import atomic_write
     from turbo_eval.gate import run_gate
     from turbo_eval.paths import results_dir
     from turbo_eval.plan import make_plan
     from turbo_eval.provenance import machine
     from turbo_eval.store import Store
 
-    spec = load_gate(config)
+    spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
     plan = make_plan(spec.sweep, build, download=False)
-    outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id))
+    store = Store(results or results_dir(), machine().id)
+    outcome = run_gate(spec, plan, store)
+    if markdown is not None:
+        from turbo_eval.verdict import render_verdict
+
+        records = [record for job in plan.jobs if (record := store.load(job.cell)) is not None]
+        with atomic_write(markdown) as stream:
+            stream.write(render_verdict(spec, outcome, records).encode())
     for sentence in outcome.passed:
         print(f"pass        {sentence}")
     for sentence in outcome.incomplete:
