@@ -12,6 +12,7 @@ from tests import toy as toys
 from tests.harness import one_sentence
 from turbo_eval import build as builds
 from turbo_eval import config, paths, project, source
+from turbo_eval.bisect.history import open_history
 from turbo_eval.build import Build, build
 from turbo_eval.cache_types import cache_type
 from turbo_eval.errors import EnvironmentProblem, UsageError
@@ -34,7 +35,7 @@ def happened(files: list[Written]) -> dict[str, str]:
 def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A miniature fork that `init` takes for llama.cpp, set up and committed."""
     toy = toys.make(tmp_path, monkeypatch)
-    for place in ("ggml/include/ggml.h", "tools/perplexity/CMakeLists.txt"):
+    for place in ("ggml/include/ggml.h", "include/llama.h", "tools/perplexity/CMakeLists.txt"):
         (toy.upstream / place).parent.mkdir(parents=True)
         (toy.upstream / place).write_text("/* */\n")
     toys.commit(toy.upstream, "looks like llama.cpp")
@@ -58,8 +59,9 @@ def test_new_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     demo = tmp_path / "demo"
     lines = done.stdout.splitlines()
+    assert lines[0] == "evaluates llama.cpp at the pin, with turbo-eval's patches"
     assert lines[-1] == "next: cd demo && turbo-eval build cpu && turbo-eval sweep turbo-eval/gates.toml"
-    for line in lines[:-1]:
+    for line in lines[1:-1]:
         verb, place, *_ = line.split()
         assert verb == "wrote" and (demo / place).is_file()
     assert project.load(demo).settings == project.Settings(source="pinned", patches=True)
@@ -94,8 +96,9 @@ def test_files_that_are_there_stay(tmp_path: Path) -> None:
 def test_a_fork_is_evaluated_itself(tmp_path: Path, types: str, patched: bool | None, turbo: bool) -> None:
     (tmp_path / "ggml" / "include").mkdir(parents=True)
     (tmp_path / "ggml" / "include" / "ggml.h").write_text(f"enum ggml_type {{ {types} }};")
-    (tmp_path / "tools" / "perplexity").mkdir(parents=True)
-    (tmp_path / "CMakeLists.txt").touch()
+    (tmp_path / "include").mkdir()
+    for place in ("CMakeLists.txt", "include/llama.h"):
+        (tmp_path / place).touch()
     init(tmp_path, patched=patched)
     assert project.load(tmp_path).settings == project.Settings(source="here", patches=bool(patched))
     pairs = config.load_gate(tmp_path / "turbo-eval" / "gates.toml").sweep.pairs
@@ -174,6 +177,20 @@ def test_own_tree(fork: Path) -> None:
     assert worked and edited.dirty
     assert answer(edited) == "12"
     assert not toys.run("git", "status", "--porcelain", "--", "turbo-eval/build", cwd=fork)
+
+
+def test_what_is_too_old_is_not_built(fork: Path) -> None:
+    toys.run("git", "rm", "-r", "--quiet", "tools", cwd=fork)
+    with pytest.raises(UsageError, match="has no tools/perplexity"):
+        build("cpu")
+
+
+def test_bisect_looks_for_commits_of_the_fork(fork: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = open_history(None, series=False)
+    assert (history.repo, history.ours) == (fork, False)
+    settings(fork, source='"pinned"')
+    with pytest.raises(UsageError, match="has no commits to bisect"):
+        open_history(None, series=False)
 
 
 def test_patches_that_do_not_fit(fork: Path) -> None:

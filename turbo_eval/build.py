@@ -291,6 +291,8 @@ def _order(
     if targets is None:
         wanted = TOOLS if project is not None else TOOLS | TESTS
         targets = [target for place, target in wanted.items() if (sources / place).exists()]
+        if "llama-perplexity" not in targets:
+            raise UsageError(f"{sources} has no tools/perplexity", "take a llama.cpp of 2025 or newer")
     tree = _tree(sources)
     flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
     described = json.dumps([tree, flags, compiler, sorted(targets)])

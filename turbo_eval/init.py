@@ -28,7 +28,7 @@ class Written:
 def is_llama(folder: Path) -> bool:
     """Are these the sources of llama.cpp?"""
     return all(
-        (folder / place).exists() for place in ("CMakeLists.txt", "ggml/include/ggml.h", "tools/perplexity")
+        (folder / place).is_file() for place in ("CMakeLists.txt", "ggml/include/ggml.h", "include/llama.h")
     )
 
 

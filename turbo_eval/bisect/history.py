@@ -98,10 +98,11 @@ class History:
 
 
 def open_history(repo: Path | None, *, series: bool) -> History:
-    """The clone `repo`, else llama.cpp with the patch series, else this repository's own commits.
+    """The clone `repo`, else the checkout that a project judges, else llama.cpp with the patch series, else
+    this repository's own commits.
 
     Raises:
-        UsageError: `repo` is no git repository.
+        UsageError: `repo` is no git repository, or there is none.
     """
     if repo is not None:
         try:
@@ -109,6 +110,13 @@ def open_history(repo: Path | None, *, series: bool) -> History:
         except GitError as error:
             raise UsageError(f"{repo} is no git repository ({error.message})", "name a clone") from None
         return History(top, top, ours=False)
+    project = paths.project()
+    if project is not None and project.here:
+        return History(project.folder, project.folder, ours=False)
+    if project is not None and not series:
+        raise UsageError(
+            "an installed turbo-eval has no commits to bisect", "name a clone with --repo, or --series"
+        )
     submodule = paths.submodule_dir()
     return History(submodule if series else paths.repo_root(), submodule, ours=not series)
 

@@ -34,8 +34,12 @@ def register(app: typer.Typer) -> None:
           turbo-eval init demo
         """
         from turbo_eval.init import init
+        from turbo_eval.project import load
 
         files = init(folder, patched=patched, package=package, force=force)
+        settings = load(folder.expanduser().resolve()).settings
+        what = "this checkout of llama.cpp" if settings.source == "here" else "llama.cpp at the pin"
+        print(f"evaluates {what}, {'with' if settings.patches else 'without'} turbo-eval's patches")
         for file in files:
             print(f"{file.what}  {file.path.relative_to(folder.expanduser().resolve())!s:<40} {file.about}")
         if any(file.what == "kept" for file in files):
