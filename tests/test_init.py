@@ -166,9 +166,13 @@ def test_own_tree(fork: Path) -> None:
     assert made.tree == toys.run("git", "rev-parse", "HEAD~1^{tree}", cwd=fork).strip(), "without our files"
     key = builds.stamp("cpu")
 
-    # bounds and how-to are not compiled; sources are
+    # a commit without a change of the sources, bounds, how-to: nothing to compile
+    toys.run("git", "commit", "--quiet", "--allow-empty", "--message", "nothing", cwd=fork)
+    same, worked = build("cpu", targets=TARGETS)
+    assert not worked and same.tree == made.tree
+    assert builds.find_build("cpu").pin == same.pin != made.pin
     (fork / "turbo-eval" / "gates.toml").write_text("# other bounds\n")
-    assert build("cpu", targets=TARGETS) == (made, False)
+    assert build("cpu", targets=TARGETS) == (same, False)
     assert builds.stamp("cpu") == key
     (fork / "add.c").write_text("int add(int a, int b) { return 10 * a + b; }\n")
     assert not made.current()

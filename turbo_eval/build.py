@@ -232,13 +232,17 @@ def build(
         UsageError: the series doesn't go onto these sources.
     """
     console = console or Console(stderr=True)
-    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
     _require_backend(backend)
+    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
     folder = paths.build_dir(backend)
     with lock(folder / "build"):
         order = _order(backend, cuda_archs, extra, targets, patched)
         made = order.made
-        if _read_record(folder) == made and all((made.bin_dir / t).is_file() for t in order.targets):
+        old = _read_record(folder)
+        built = old is not None and old.stamp == made.stamp
+        if built and all((made.bin_dir / target).is_file() for target in order.targets):
+            if old != made:  # another commit with the same tree
+                _write_record(folder, made)
             return made, False
         # From here until the end no one may take this folder for a finished build.
         (folder / _RECORD).unlink(missing_ok=True)
@@ -248,9 +252,7 @@ def build(
         if _tree(order.sources) != made.tree:
             again = paths.step(f"build-{backend}", f"build {backend}")
             raise EnvironmentProblem(f"{order.sources} was edited while it was built", f"{again} again")
-        record = asdict(made) | {"bin_dir": "bin"}
-        with atomic_write(folder / _RECORD) as stream:
-            stream.write(json.dumps(record, indent=1).encode())
+        _write_record(folder, made)
     return made, True
 
 
@@ -350,6 +352,11 @@ def _read_record(folder: Path) -> Build | None:
         return Build(**(data | {"bin_dir": folder / data["bin_dir"], "flags": tuple(data["flags"])}))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _write_record(folder: Path, made: Build) -> None:
+    with atomic_write(folder / _RECORD) as stream:
+        stream.write(json.dumps(asdict(made) | {"bin_dir": "bin"}, indent=1).encode())
 
 
 def _environment() -> dict[str, str]:
