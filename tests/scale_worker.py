@@ -1,7 +1,8 @@
 """Workers for tests: `python -m tests.scale_worker ADDRESS RULES` answers without llama.cpp.
 
 RULES is JSON: {"seconds": 0.05, "die": [cell numbers], "hang": […], "timeout": {"3": 1}, "machine": "x",
-"tree": "…", "lie": […], "trouble": […]}. Everything but the measurement is the real worker.
+"tree": "…", "lie": […], "trouble": […], "ok": true,
+"trail": file that begun cells are noted in}. Everything but the measurement is the real worker.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from turbo_eval.provenance import Provenance
@@ -39,6 +41,9 @@ class Rules(overhead.Sleeper):
 
     def _measure(self, asked: Measure) -> Measured:
         number = asked.cell.options["number"]
+        if "trail" in self.rules:
+            with Path(self.rules["trail"]).open("a") as trail:
+                trail.write(f"{number}\n")
         if number in self.rules.get("trouble", []):
             raise RefusedError("its disk is on fire")
         if number in self.rules.get("die", []):
@@ -59,6 +64,8 @@ class Rules(overhead.Sleeper):
         if self.timeouts.get(str(number), 0) > 0:
             self.timeouts[str(number)] -= 1
             update |= {"status": "timeout", "detail": "no result within 1 s"}
+        if self.rules.get("ok") and update.get("status") is None:
+            update |= {"status": "ok", "detail": "", "ppl": 10.0 + number, "ppl_err": 1.0}
         record = measured.record.model_copy(update=update)
         return measured.model_copy(update={"record": record, "log": f"log of {number}\n"})
 

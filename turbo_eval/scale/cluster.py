@@ -70,6 +70,7 @@ class Cluster:
         self.address = address
         self._queue: queue.SimpleQueue[Future[Any] | Said] = queue.SimpleQueue()
         self._futures: dict[str, Future[Any]] = {}
+        self._members: dict[str, Member] = {}
         try:
             self._client = Client(
                 address, security=security, set_as_default=False, timeout=timeout, name="turbo-eval"
@@ -94,17 +95,20 @@ class Cluster:
         """
         self._require_scheduler()
         try:
-            workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            workers = self._client.scheduler_info(n_workers=-1).get("workers")
         except (OSError, TimeoutError, RuntimeError):
-            self._require_scheduler(gone=True)
-            raise
-        return {
+            workers = None
+        if workers is None:  # the connection is down; Dask tries to get it back, and then says so
+            self._require_scheduler()
+            return self._members
+        self._members = {
             str(address): Member(str(address), str(w.get("name")), dict(w.get("resources") or {}))
             for address, w in workers.items()
         }
+        return self._members
 
-    def _require_scheduler(self, *, gone: bool = False) -> None:
-        if gone or self._client.status not in ("running", "connecting"):
+    def _require_scheduler(self) -> None:
+        if self._client.status not in ("running", "connecting"):
             raise EnvironmentProblem(
                 f"the connection to the scheduler at {self.address} was lost",
                 "finished cells are on record: run the same command again to go on",

@@ -246,7 +246,7 @@ class _Run:
             self.cluster.cancel(key)
         if worker.state == "welcome":
             running = [f.number for f in self.flights.values() if f.began == address]
-            words = f", cell {running[0] + 1} goes to another" if running else ""
+            words = f"; it ran cell {running[0] + 1}" if running else ""
             self.reporter.note(f"worker {address} is gone{words}")
         machine = worker.member.machine()
         if not any(w.member.machine() == machine and w.state != "refused" for w in self.workers.values()):
@@ -331,7 +331,8 @@ class _Run:
         )
         # The same request has the same name, so that a sweep that was cut off and started again takes
         # up the cell that is still running; asked again, it is another one.
-        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()[:16]
+        text = request.model_dump_json() + (self._id if self.fresh else "")
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         key = f"turbo-eval-{job.cell.key()}-{digest}-{self.asked[number]}"
         self.asked[number] += 1
         request = request.model_copy(update={"ticket": key})
@@ -471,7 +472,8 @@ class _Run:
             return
         del self.flights[key]
         flight.lock.close()
-        self.reporter.note(f"cell {flight.number + 1} is given back: {reason}")
+        if flight.began:
+            self.reporter.note(f"cell {flight.number + 1} is given back ({reason})")
         self.placement.give_back(flight.number)
 
     def _give_up(self, key: str, flight: _Flight) -> None:

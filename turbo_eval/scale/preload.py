@@ -1,7 +1,7 @@
 """`--preload turbo_eval.scale.preload` makes stock Dask processes ours.
 
     dask scheduler --preload turbo_eval.scale.preload
-    dask worker --no-nanny --nthreads 1 --preload turbo_eval.scale.preload tcp://…
+    dask worker --no-nanny --nthreads 2 --preload turbo_eval.scale.preload tcp://…
 
 For launchers that start Dask's own commands (dask-jobqueue, dask-kubernetes). Options of the worker
 come from the environment: TURBO_EVAL_WORKER_BACKEND, _BIN_DIR, _MODELS (a folder), _THREADS.
@@ -10,9 +10,11 @@ come from the environment: TURBO_EVAL_WORKER_BACKEND, _BIN_DIR, _MODELS (a folde
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from turbo_eval.errors import TurboEvalError
 from turbo_eval.scale import guard
 
 
@@ -21,6 +23,16 @@ def dask_setup(server: Any) -> None:
     if not hasattr(server, "plugin_add"):
         guard.protect(server)
         return
+    try:
+        _attach(server)
+    except Exception as error:
+        # Dask would log it and go on, without the guard.
+        words = error.sentence() if isinstance(error, TurboEvalError) else repr(error)
+        print(f"turbo-eval worker: {words}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code if isinstance(error, TurboEvalError) else 1)
+
+
+def _attach(worker: Any) -> None:
     from turbo_eval.scale.worker import Cells, attach, find_device
 
     def setting(name: str) -> str | None:
@@ -33,4 +45,4 @@ def dask_setup(server: Any) -> None:
         folders=[Path(folder)] if folder else [],
         threads=int(threads) if threads else None,
     )
-    attach(server, cells)
+    attach(worker, cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from turbo_eval import build as builds
@@ -12,11 +13,12 @@ from turbo_eval.scale.content import RefusedError
 from turbo_eval.scale.wire import Source
 
 
-def matching_build(wanted: Source, bin_dir: Path | None) -> Build:
+def matching_build(wanted: Source, bin_dir: Path | None, device: AbstractContextManager[object]) -> Build:
     """The build at `wanted.tree`; built once, from this checkout, if its pin and series are the same.
 
     Args:
         bin_dir: the only build that may be used; None: the checkout's.
+        device: entered to build, so that a cell that runs has the machine to itself.
 
     Raises:
         RefusedError: there is none and none can be made; says why.
@@ -57,7 +59,8 @@ def matching_build(wanted: Source, bin_dir: Path | None) -> Build:
             "commit and refresh the series, then update the worker",
         )
     try:
-        made, _ = builds.build(wanted.backend)
+        with device:
+            made, _ = builds.build(wanted.backend)
     except EnvironmentProblem as error:
         raise RefusedError(f"it could not build tree {wanted.tree[:12]}: {error.message}") from None
     if made.tree != wanted.tree:

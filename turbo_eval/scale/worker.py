@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,6 +47,10 @@ from turbo_eval.sweep import measurer
 # A cell whose sweep is gone goes on for this long: the sweep, started again, may still want it.
 ORPHAN_SECONDS = 60.0
 _PROGRESS_SECONDS = 1.0
+# One thread measures (a cell takes the whole device, which is a resource of 1), the other answers
+# who asks to be let in and takes in files meanwhile.
+THREADS = 2
+_ANSWERS = 8
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -127,6 +132,8 @@ class Cells:
         self._content = Content(folders)
         self._threads = threads or machine().cores
         self._builds: dict[Source, tuple[Build, Provenance]] = {}
+        self._device = threading.RLock()  # whoever measures or builds holds it
+        self._answers: dict[str, Measured] = {}  # the last good ones, by ticket
         self._scratch = tempfile.TemporaryDirectory(prefix="turbo-eval-worker-")
 
     def __call__(self, request: str, body: bytes) -> str:
@@ -146,7 +153,7 @@ class Cells:
             if isinstance(asked, Put):
                 size = self._content.receive(asked.need, asked.offset, body)
                 return Stored(worker=self.name, size=size).model_dump_json()
-            return self._measure(asked).model_dump_json()
+            return self._take_up(asked).model_dump_json()
         except TurboEvalError as error:
             words = error.sentence()
         except OSError as error:
@@ -184,12 +191,25 @@ class Cells:
         if source.backend != self.device.backend:
             raise RefusedError(f"it is for {self.device.backend}, not for {source.backend}")
         if source not in self._builds:
-            build = replace(matching_build(source, self._bin_dir), backend=source.backend)
+            build = replace(matching_build(source, self._bin_dir, self._device), backend=source.backend)
             self._builds[source] = build, collect(build)
         return self._builds[source]
 
+    def _take_up(self, asked: Measure) -> Measured:
+        """Measure, or give what was measured for the same request of a sweep that was cut off. (A
+        good answer that arrived is on record there, and never asked for again.)"""
+        with self._device:
+            known = self._answers.get(asked.ticket)
+            if known is not None:
+                return known
+            answer = self._measure(asked)
+            if answer.record is not None and answer.record.ok:
+                self._answers[asked.ticket] = answer
+                while len(self._answers) > _ANSWERS:
+                    del self._answers[next(iter(self._answers))]
+            return answer
+
     def _measure(self, asked: Measure) -> Measured:
-        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
         self._require_environment(asked.cell.env)
         build, provenance = self._build(asked.source)
         if asked.cell.tree != build.tree:
@@ -200,6 +220,7 @@ class Cells:
             return Measured(worker=self.name, lacking=lacking)
         files = {str(need.kind): path for need, path in found.items() if path is not None}
         job = self._job(asked, files)
+        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
         store = Store(Path(self._scratch.name), self.device.machine)
         try:
             for reference in asked.references:
@@ -247,12 +268,12 @@ def attach(worker: Any, cells: Cells) -> None:
     """Make a Dask worker that has not registered yet one of ours.
 
     Raises:
-        UsageError: it has more than one thread, so that cells would share the device.
+        UsageError: it has another number of threads.
     """
-    if worker.state.nthreads != 1:
+    if worker.state.nthreads != THREADS:
         raise UsageError(
-            f"the Dask worker has {worker.state.nthreads} threads and would run as many cells at once",
-            "start it with --nthreads 1",
+            f"the Dask worker has {worker.state.nthreads} threads, and one that measures has {THREADS}",
+            f"start it with --nthreads {THREADS}",
         )
     guard.protect(worker)
     for name, amount in cells.device.resources().items():
@@ -290,7 +311,7 @@ async def serve(
     folder = tempfile.TemporaryDirectory(prefix="turbo-eval-dask-")
     worker = Worker(
         address,
-        nthreads=1,
+        nthreads=THREADS,
         name=name,
         memory_limit=0,  # llama.cpp's memory is not Dask's to watch
         local_directory=folder.name,
