@@ -20,6 +20,7 @@ class Store:
     def __init__(self, root: Path, machine: str) -> None:
         self.root = root
         self.dir = root / machine
+        self._names: dict[str, Path] | None = None
 
     def path(self, cell: Cell) -> Path:
         """Where a cell's record goes; people read the name, the key at its end decides."""
@@ -32,12 +33,20 @@ class Store:
 
     def load(self, cell: Cell) -> Record | None:
         """The record of exactly this cell; None if there is none that can be read."""
-        for path in self.dir.glob(f"*.{cell.key()}.json"):
+        for path in dict.fromkeys((self.path(cell), self._by_key().get(cell.key()))):
             try:
-                return read_record(path)
+                if path is not None and path.is_file():
+                    return read_record(path)
             except IncompleteError:
                 continue
         return None
+
+    def _by_key(self) -> dict[str, Path]:
+        """Files by key as of the first look: a cell may be on record under another name of its model.
+        Listing thousands of files for each cell would cost more than the rest of the harness."""
+        if self._names is None:
+            self._names = {path.name.split(".")[-2]: path for path in self.dir.glob("*.*.json")}
+        return self._names
 
     def all(self) -> list[Record]:
         """Every readable record of this machine; unreadable ones are left out."""
@@ -64,10 +73,11 @@ class Store:
                     file.write(record.to_json())
                     file.flush()
                     os.fsync(file.fileno())
-                for old in self.dir.glob(f"*.{record.key}.json"):
-                    if old != path:  # same cell, recorded under another name of the model
-                        old.unlink()
+                old = self._by_key().get(record.key)
+                if old is not None and old != path:  # recorded under another name of the model
+                    old.unlink(missing_ok=True)
                 scratch.replace(path)
+                self._by_key()[record.key] = path
             finally:
                 scratch.unlink(missing_ok=True)
         return path
