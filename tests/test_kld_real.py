@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Cli, faulty
+from tests.rebuild import rebuilt_cpu_backend
 from turbo_eval.build import Build
 from turbo_eval.corpora import CorpusFile
 from turbo_eval.corpora import cached_path as corpus_path
@@ -152,11 +153,13 @@ def test_decode_path(cli: Cli, tmp_path: Path, build: Build) -> None:
         assert row["decode"]["ppl_batched"] == pytest.approx(batched[row["k"]], abs=1e-4)
         assert abs(row["decode"]["delta_pct"]) < row["decode"]["bound_pct"] == 6
 
-    # a fault that only the one-token path has: there, another RoPE scale
-    rule = 'case "$*" in *"-ub 1 "*"-ctv q4_0"*) exec "$REAL" "$@" --rope-freq-scale 0.4;; esac'
-    bad = faulty(tmp_path / "bin", build.bin_dir, rule)
+    # a V whose two halves change places, in a batch of one token alone
+    load = "fa_load_v_quant(v_type, v_data + ic*v->nb[1], v->nb[1], n, DV, w);"
+    swap = "std::swap_ranges(w.v32 + i*DV, w.v32 + i*DV + DV/2, w.v32 + i*DV + DV/2)"
+    change = {load: f"{load} if (q->ne[1] == 1) {{ for (int64_t i = 0; i < n; ++i) {{ {swap}; }} }}"}
+    bad = rebuilt_cpu_backend(build.bin_dir, "fattn-quant.cpp", change, tmp_path / "bin")
     shutil.rmtree(cli.results)
-    done = cli.sweep(*args, bin_dir=bad)
+    done = cli.sweep(*args, bin_dir=bad, env={"LD_LIBRARY_PATH": str(bad)})
     assert done.returncode == 3
     status = {(r["cell"]["k"], r["cell"]["metric"]): r for r in cli.records()}
     assert status["q4_0", "decode"]["status"] == "decode-mismatch"
