@@ -105,6 +105,16 @@ def test_crash_in_cell_three_does_not_stop_the_rest(cli: Cli, tmp_path: Path, bu
     assert "SIGSEGV" in done.stderr and "crash" in done.stdout
 
 
+def test_figures_lost_as_the_tool_exits_are_asked_for_again(cli: Cli, tmp_path: Path, build: Build) -> None:
+    begun = tmp_path / "begun"
+    cut = f'if [ ! -e {begun} ]; then touch {begun}; "$REAL" "$@" 2>&1 | grep -v Final; exit 0; fi'
+    bad = faulty(tmp_path / "bin", build.bin_dir, f'case "$*" in *"-ctk f16"*) {cut};; esac')
+    done = cli.sweep("--pairs", "f16:f16", *QUICK, bin_dir=bad)
+    assert begun.exists()
+    assert done.returncode == 0, done.stderr
+    assert [r["status"] for r in cli.records()] == ["ok"]
+
+
 def test_faults_have_their_own_status(cli: Cli, tmp_path: Path, build: Build) -> None:
     """One sweep, one fault a cell: swapped type, hang, NaN printed, silent end, kill -9."""
     rule = """

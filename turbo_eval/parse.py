@@ -194,6 +194,12 @@ def corpus_tokens_if_short(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def lost_its_end(text: str) -> bool:
+    """The passes began, but neither a final figure nor an error was printed."""
+    ended = _FINAL.search(text) or _stat(text, r"Mean\s+KLD") or last_error(text)
+    return "seconds per pass" in text and ended is None
+
+
 def last_error(text: str) -> str | None:
     """The last line that looks like an error."""
     found = _ERRORS.findall(text)

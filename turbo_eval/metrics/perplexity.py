@@ -69,10 +69,32 @@ def execute(
     """Run llama-perplexity, following its progress; hopeless runs are ended early.
 
     Hopeless: what runs is not what was asked for, or the running perplexity is no number any more.
+    llama.cpp without our patches can lose the last lines of its log as it exits, and with them the
+    figures: a run that ended well but said none is run once more.
     """
     env, removed = child_environment()
-    scanner = parse.ProgressScanner()
+    outcome = _follow(cell, argv, env, bench, log, on_progress)
+    if outcome.returncode == 0 and not outcome.stopped and parse.lost_its_end(outcome.text):
+        outcome = _follow(cell, argv, env, bench, log, on_progress)
+    info = Run(
+        argv=tuple(argv),
+        env=relevant_environment(),
+        env_removed=removed,
+        started=outcome.started,
+        seconds=outcome.seconds,
+        cpu_seconds=outcome.cpu_seconds,
+        peak_mib=outcome.peak_mib,
+        returncode=outcome.returncode,
+        threads=bench.threads,
+        log=str(log.relative_to(bench.store.root)) if log.is_relative_to(bench.store.root) else log.name,
+    )
+    return outcome, info
 
+
+def _follow(
+    cell: Cell, argv: list[str], env: dict[str, str], bench: Bench, log: Path, on_progress: OnProgress
+) -> Outcome:
+    scanner = parse.ProgressScanner()
     seen: list[str] = []
 
     def follow(text: str) -> bool:
@@ -87,20 +109,7 @@ def execute(
             return judge.judge_state(cell, state) is not None
         return scanner.ppl is not None and not finite(scanner.ppl)
 
-    outcome = run(argv, log=log, env=env, timeout=bench.timeout, on_text=follow)
-    info = Run(
-        argv=tuple(argv),
-        env=relevant_environment(),
-        env_removed=removed,
-        started=outcome.started,
-        seconds=outcome.seconds,
-        cpu_seconds=outcome.cpu_seconds,
-        peak_mib=outcome.peak_mib,
-        returncode=outcome.returncode,
-        threads=bench.threads,
-        log=str(log.relative_to(bench.store.root)) if log.is_relative_to(bench.store.root) else log.name,
-    )
-    return outcome, info
+    return run(argv, log=log, env=env, timeout=bench.timeout, on_text=follow)
 
 
 def conclude(cell: Cell, outcome: Outcome, run_info: Run, bench: Bench) -> Record:
