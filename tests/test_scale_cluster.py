@@ -24,7 +24,7 @@ from turbo_eval.scale import overhead
 from turbo_eval.scale.cluster import Cluster
 from turbo_eval.scale.executor import Patience, run_on_cluster
 from turbo_eval.scale.overhead import simulated_plan
-from turbo_eval.scale.pool import scheduler, started
+from turbo_eval.scale.pool import PRELOAD, SCHEDULER, scheduler, started
 from turbo_eval.scale.target import TlsFiles, security
 from turbo_eval.store import read_all
 from turbo_eval.sweep import SweepResult
@@ -412,6 +412,20 @@ def test_a_worker_with_many_threads_is_refused_by_preload(lab: Lab) -> None:
     process = lab.stack.enter_context(started(command, lab.folder / "w.log", {}))
     assert process.wait(60) != 0
     assert "start it with --nthreads 2" in (lab.folder / "w.log").read_text()
+
+
+def test_a_plain_scheduler_that_others_can_reach_must_be_wanted(tmp_path: Path) -> None:
+    command = [*SCHEDULER, "--host", "0.0.0.0", "--port", "0", *PRELOAD]
+    with started(command, tmp_path / "log", {}) as process:
+        assert process.wait(60) == 2
+    assert "is not encrypted and reachable from other machines" in (tmp_path / "log").read_text()
+    file = tmp_path / "s.json"
+    command += ["--scheduler-file", str(file)]
+    with started(command, tmp_path / "log", {"TURBO_EVAL_INSECURE": "1"}) as process:
+        until = time.monotonic() + 60
+        while not file.exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
 
 
 def test_overhead_is_measured_by_a_command() -> None:

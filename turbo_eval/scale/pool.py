@@ -111,16 +111,20 @@ def pool(jobs: int, backend: str, threads: int | None, bin_dir: Path | None) -> 
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is gone afterwards."""
-    process = _start(command, log, env)
+def started(
+    command: Sequence[str], log: Path, env: dict[str, str], cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is gone afterwards; its output goes to `log`, `env` is laid over ours."""
+    process = _start(command, log, env, cwd)
     try:
         yield process
     finally:
         end([process])
 
 
-def _start(command: Sequence[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], log: Path, env: dict[str, str], cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
     with log.open("wb") as stream:
         return subprocess.Popen(
             command,
@@ -128,6 +132,7 @@ def _start(command: Sequence[str], log: Path, env: dict[str, str]) -> subprocess
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=os.environ | env,
+            cwd=cwd,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends the rest
             preexec_fn=_die_with_parent,
         )

@@ -306,8 +306,10 @@ async def serve(
     Raises:
         EnvironmentProblem: no scheduler answers.
     """
+    import dask
     from distributed import Worker
 
+    dask.config.set({"distributed.worker.http.routes": []})  # no pages about this machine
     folder = tempfile.TemporaryDirectory(prefix="turbo-eval-dask-")
     worker = Worker(
         address,
