@@ -47,11 +47,11 @@ class Rules(overhead.Sleeper):
         if number in self.rules.get("trouble", []):
             raise RefusedError("its disk is on fire")
         if number in self.rules.get("die", []):
-            self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
+            self.say({"ticket": asked.ticket, "event": "begin", "worker": self.address()})
             time.sleep(0.3)  # the event gets out
             os.kill(os.getpid(), signal.SIGKILL)
         if number in self.rules.get("hang", []):
-            self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
+            self.say({"ticket": asked.ticket, "event": "begin", "worker": self.address()})
             follow = self._follow(asked.ticket)
             while True:
                 time.sleep(0.05)

@@ -220,6 +220,21 @@ def test_one_comparison_is_never_spread_over_two_kinds_of_machine(lab: Lab) -> N
     assert more.reused == 12
 
 
+def test_a_comparison_begun_on_a_kind_that_is_gone_is_measured_anew_and_said_so(lab: Lab) -> None:
+    first = lab.worker(seconds=0.02, machine="kind-a", ok=True)
+    lab.sweep(simulated_plan(4))
+    first.terminate()
+    first.wait()
+    lab.workers.clear()
+    lab.worker(seconds=0.02, machine="kind-b", ok=True)
+    ear = Ear()
+    result = lab.sweep(simulated_plan(6), ear)
+    assert {r.machine for r in result.records} == {"kind-b"} and result.reused == 0
+    assert len([n for n in ear.notes if "is on record for kind-a" in n]) == 1
+    whole = lab.sweep(simulated_plan(4))
+    assert whole.reused == 4
+
+
 def test_two_sweeps_on_one_folder_share_the_work(lab: Lab) -> None:
     lab.worker(seconds=0.1, ok=True)
     lab.worker(seconds=0.1, ok=True)

@@ -145,6 +145,8 @@ class _Run:
         self.placement = Placement(plan.cells(), [memory_gib(job) for job in plan.jobs])
         self.records: dict[int, Record] = {}
         self.reused = 0
+        self.partly: dict[str, set[str]] = {}  # comparisons: machines that have a part on record
+        self.told: set[str] = set()
         self.workers: dict[str, _Worker] = {}
         self.flights: dict[str, _Flight] = {}
         self.transfers: dict[str, _Transfer] = {}
@@ -190,7 +192,6 @@ class _Run:
 
     def _recall(self) -> None:
         """Comparisons that one machine has whole are done; the others remember who has a part."""
-        self.partly: dict[str, set[str]] = {}
         if self.fresh or not self.results.is_dir():
             return
         folders = sorted(
@@ -293,7 +294,20 @@ class _Run:
                 number = self.placement.take(machine, memory, self._may)
                 if number is None:
                     break
+                self._tell_of_parts(number, machine)
                 room -= self._start(number, machine, addresses)
+
+    def _tell_of_parts(self, number: int, machine: str) -> None:
+        """A comparison that was begun elsewhere is measured anew, and not in silence."""
+        group = self.placement.group_of(number).name
+        has_part = self.partly.get(group, set())
+        if has_part and machine not in has_part and group not in self.told:
+            self.told.add(group)
+            other = ", ".join(sorted(has_part))
+            self.reporter.note(
+                f"a part of the comparison of cell {number + 1} is on record for {other}, which has no worker"
+                f" here: all of it is measured on {machine}"
+            )
 
     def _look_again(self) -> None:
         now = time.monotonic()

@@ -46,7 +46,7 @@ class Sleeper(Cells):
         return Admitted(provenance=_provenance())
 
     def _measure(self, asked: Measure) -> Measured:
-        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
+        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.address()})
         time.sleep(self.seconds)
         run = Run(
             argv=(),
@@ -68,7 +68,7 @@ class Sleeper(Cells):
             run=run,
             provenance=_provenance(),
         )
-        return Measured(worker=self.name, record=record)
+        return Measured(worker=self.address(), record=record)
 
 
 class Quiet:

@@ -125,7 +125,7 @@ class Cells:
         threads: int | None = None,
     ) -> None:
         self.device = device
-        self.name = ""  # the worker's address, once it has one
+        self.address: Callable[[], str] = lambda: ""  # the Dask worker's, once it has one
         self.say: Say = lambda _: None
         self.wanted: Callable[[str], bool] = lambda _: True
         self._bin_dir = bin_dir
@@ -152,7 +152,7 @@ class Cells:
                 return self._admit(asked).model_dump_json()
             if isinstance(asked, Put):
                 size = self._content.receive(asked.need, asked.offset, body)
-                return Stored(worker=self.name, size=size).model_dump_json()
+                return Stored(worker=self.address(), size=size).model_dump_json()
             return self._take_up(asked).model_dump_json()
         except TurboEvalError as error:
             words = error.sentence()
@@ -167,8 +167,8 @@ class Cells:
         if isinstance(asked, Admit):
             return Admitted(refused=words).model_dump_json()
         if isinstance(asked, Put):
-            return Stored(worker=self.name, size=0, refused=words).model_dump_json()
-        return Measured(worker=self.name, refused=words).model_dump_json()
+            return Stored(worker=self.address(), size=0, refused=words).model_dump_json()
+        return Measured(worker=self.address(), refused=words).model_dump_json()
 
     def _admit(self, asked: Admit) -> Admitted:
         self._require_environment(asked.env)
@@ -217,10 +217,10 @@ class Cells:
         found = {need: self._content.locate(need) for need in asked.needs}
         lacking = tuple(need for need, path in found.items() if path is None)
         if lacking:
-            return Measured(worker=self.name, lacking=lacking)
+            return Measured(worker=self.address(), lacking=lacking)
         files = {str(need.kind): path for need, path in found.items() if path is not None}
         job = self._job(asked, files)
-        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.name})
+        self.say({"ticket": asked.ticket, "event": "begin", "worker": self.address()})
         store = Store(Path(self._scratch.name), self.device.machine)
         try:
             for reference in asked.references:
@@ -229,7 +229,7 @@ class Cells:
             bench = Bench(build, provenance, store, threads, asked.timeout)
             record = measurer(job)(job, bench, self._follow(asked.ticket))
             log = store.log_path(job.cell).read_text(encoding="utf-8", errors="replace")
-            return Measured(worker=self.name, record=record, log=log[-LOG_LIMIT:])
+            return Measured(worker=self.address(), record=record, log=log[-LOG_LIMIT:])
         finally:
             for file in [*store.dir.glob("*.json"), *store.dir.glob("logs/*")]:
                 file.unlink(missing_ok=True)
@@ -281,7 +281,6 @@ def attach(worker: Any, cells: Cells) -> None:
         worker.state.available_resources[name] = amount
 
     def say(message: dict[str, Any]) -> None:
-        cells.name = worker.address
         worker.log_event(TOPIC, message)
 
     def wanted(ticket: str) -> bool:
@@ -289,6 +288,7 @@ def attach(worker: Any, cells: Cells) -> None:
         return task is not None and task.state == "executing"
 
     cells.say, cells.wanted = say, wanted
+    cells.address = lambda: str(worker.contact_address or worker.address)
     entry.install(cells)
 
 
@@ -335,7 +335,6 @@ async def serve(
             f"no scheduler answers at {address} ({type(error).__name__}: {str(error)[:200] or 'no answer'})",
             "check the address and, with tls://, the certificates",
         ) from None
-    cells.name = worker.address
     print(
         f"turbo-eval worker {worker.address}: {cells.device.backend} on {cells.device.machine},"
         f" {cells.device.memory_gib:g} GiB, scheduler {address}",
