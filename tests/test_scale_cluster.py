@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +394,20 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(
         assert "certificates" in caught.value.next_step
         with pytest.raises(EnvironmentProblem, match="no scheduler answers"):
             Cluster(address.replace("tls://", "tcp://"), None, timeout=3)
+
+
+def test_the_certificates_of_the_docs_work(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    text = (Path(__file__).parent.parent / "docs" / "scale-out.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if b.startswith("openssl"))
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True, capture_output=True)
+    files = TlsFiles(tmp_path / "ca.pem", tmp_path / "me.pem", tmp_path / "me.key")
+    with (
+        scheduler(tmp_path, *_tls_options(files, "tls"), "--protocol", "tls") as (address, _),
+        Cluster(address, security(address, files, insecure=False)) as cluster,
+    ):
+        assert cluster.members() == {}
 
 
 def test_a_worker_without_a_scheduler_says_so() -> None:
