@@ -459,6 +459,23 @@ def test_a_plain_scheduler_that_others_can_reach_must_be_wanted(tmp_path: Path) 
             time.sleep(0.05)
 
 
+def test_nothing_listens_but_dask_itself(lab: Lab) -> None:
+    """No web pages: neither the scheduler's nor the workers'."""
+    lab.worker(seconds=0.02)
+    lab.cluster().close()
+    for process in (lab.scheduler, *lab.workers):
+        until = time.monotonic() + 5
+        while len(open_ports := _listening(process.pid)) > 1 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(open_ports) == 1, open_ports
+        assert open_ports[0][0] == "127.0.0.1"
+
+
+def _listening(pid: int) -> list[tuple[str, int]]:
+    found = psutil.Process(pid).net_connections(kind="tcp")
+    return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
+
+
 def test_overhead_is_measured_by_a_command() -> None:
     command = [sys.executable, "-m", "turbo_eval.scale.overhead", "--cells", "20", "--seconds", "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -47,7 +47,7 @@ _PLAIN = {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset",
 # Operations a worker answers. The rest runs code, writes files or has no use here.
 _WORKER_OPS = {
     *("identity", "ping", "echo", "connection_stream", "stream-start", "terminate", "versions"),
-    *("gather", "get_data", "free_keys", "keys", "call_stack", "profile", "profile_metadata"),
+    *("get_data", "free_keys", "keys", "call_stack", "profile", "profile_metadata"),
     *("get_logs", "get_monitor_info", "get_story"),
 }
 _SCHEDULER_REFUSES = {
@@ -115,6 +115,14 @@ def protect(server: Any) -> None:
     else:
         for op in _SCHEDULER_REFUSES:
             server.handlers.pop(op, None)
+    close_pages(server)
+
+
+def close_pages(server: Any) -> None:
+    """Stop Dask's web pages, which tell everyone who asks, in plain HTTP, what runs here."""
+    pages = getattr(server, "http_server", None)
+    if pages is not None:
+        pages.stop()
 
 
 async def _no_plugin(*_: Any, **__: Any) -> dict[str, str]:

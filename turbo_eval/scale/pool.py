@@ -19,7 +19,7 @@ from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.provenance import gpus, machine
 
 _START_SECONDS = 60.0
-SCHEDULER = (sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard")
+SCHEDULER = (sys.executable, "-m", "distributed.cli.dask_scheduler")
 PRELOAD = ("--preload", "turbo_eval.scale.preload")
 
 
@@ -69,7 +69,9 @@ def scheduler(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Pop
         EnvironmentProblem: it does not come up.
     """
     file = folder / "scheduler.json"
-    command = [*SCHEDULER, "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), *PRELOAD]
+    command = [*SCHEDULER, "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    # Where nothing ends it with its parent (macOS), it ends itself when nobody asks for anything.
+    command += ["--idle-timeout", "600", "--scheduler-file", str(file), *PRELOAD]
     with started([*command, *options], folder / "scheduler.log", {}) as process:
         until = time.monotonic() + _START_SECONDS
         while True:

@@ -306,10 +306,8 @@ async def serve(
     Raises:
         EnvironmentProblem: no scheduler answers.
     """
-    import dask
     from distributed import Worker
 
-    dask.config.set({"distributed.worker.http.routes": []})  # no pages about this machine
     folder = tempfile.TemporaryDirectory(prefix="turbo-eval-dask-")
     worker = Worker(
         address,
@@ -319,7 +317,6 @@ async def serve(
         local_directory=folder.name,
         death_timeout=patience,
         security=security,
-        dashboard=False,
         # A worker beside its scheduler need not be reachable from elsewhere.
         host=_own_host(address),
     )
@@ -335,6 +332,7 @@ async def serve(
             f"no scheduler answers at {address} ({type(error).__name__}: {str(error)[:200] or 'no answer'})",
             "check the address and, with tls://, the certificates",
         ) from None
+    guard.close_pages(worker)
     print(
         f"turbo-eval worker {worker.address}: {cells.device.backend} on {cells.device.machine},"
         f" {cells.device.memory_gib:g} GiB, scheduler {address}",
