@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests import toy as toys
 from tests.records import make_cell
-from turbo_eval import scale
+from turbo_eval import build as builds
+from turbo_eval import patches, scale
 from turbo_eval.download import FileMemory, file_sha256, sha256_of
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.provenance import machine
@@ -23,7 +25,8 @@ from turbo_eval.scale.content import Content, RefusedError
 from turbo_eval.scale.placement import Placement
 from turbo_eval.scale.pool import shares
 from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_address, security
-from turbo_eval.scale.wire import Need
+from turbo_eval.scale.tree import matching_build
+from turbo_eval.scale.wire import Need, Source
 
 DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}
 ANY = float("inf")
@@ -311,3 +314,63 @@ def test_a_name_is_no_way_out_of_the_folder(cache: Path, tmp_path: Path) -> None
     secret.write_bytes(b"secret")
     need = Need(kind="model", name="../secret", sha256="0" * 64, size=6)
     assert Content([tmp_path / "models"])._by_name(need) == []
+
+
+# -- the patched tree ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> toys.Toy:
+    made = toys.make(tmp_path, monkeypatch)
+    monkeypatch.setattr(builds, "TOOLS", {"main.c": "llama-perplexity"})
+    monkeypatch.setattr(builds, "TESTS", {})
+    toys.run(sys.executable, "-m", "turbo_eval", "patches", "apply", cwd=made.root)
+    return made
+
+
+def _source(toy: toys.Toy, **other: Any) -> Source:
+    tree = toys.run("git", "rev-parse", "HEAD^{tree}", cwd=toy.upstream).strip()
+    values = {"backend": "cpu", "tree": tree, "pin": toy.pin, "series": patches.series_sha256()}
+    return Source(**{**values, "dirty": False, **other})
+
+
+class Room:
+    """Counts who had the device to build."""
+
+    entered = 0
+
+    def __enter__(self) -> None:
+        self.entered += 1
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_the_same_series_is_built_once(toy: toys.Toy) -> None:
+    room = Room()
+    made = matching_build(_source(toy), None, room)
+    assert made.tree == _source(toy).tree and (made.bin_dir / "llama-perplexity").is_file()
+    assert matching_build(_source(toy), None, room) == made
+    assert room.entered == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"series": "5" * 64, "tree": "6" * 40}, "another patch series"),
+        ({"pin": "7" * 40, "tree": "6" * 40}, "another patch series"),
+        ({"dirty": True, "tree": "6" * 40}, "edits that the series does not hold"),
+        ({"tree": "bin-" + "8" * 40}, "a build of its own"),
+        ({"tree": "6" * 40}, "its sources build tree"),
+    ],
+)
+def test_another_tree_is_refused_with_a_sentence(toy: toys.Toy, other: dict[str, Any], words: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        matching_build(_source(toy, **other), None, Room())
+    assert words in caught.value.sentence()
+
+
+def test_a_tree_that_cannot_be_built_is_said_with_the_compilers_error(toy: toys.Toy) -> None:
+    (toy.worktree / "add.c").write_text("int add(int a, int b) { return a +; }\n")
+    with pytest.raises(RefusedError, match="could not build") as caught:
+        matching_build(_source(toy), None, Room())
+    assert "error:" in caught.value.message

@@ -8,7 +8,7 @@ from pathlib import Path
 from turbo_eval import build as builds
 from turbo_eval import patches, source
 from turbo_eval.build import Build
-from turbo_eval.errors import EnvironmentProblem, TurboEvalError
+from turbo_eval.errors import TurboEvalError
 from turbo_eval.scale.content import RefusedError
 from turbo_eval.scale.wire import Source
 
@@ -44,7 +44,7 @@ def matching_build(wanted: Source, bin_dir: Path | None, device: AbstractContext
         )
     has = f"has tree {own.tree[:12]}" if own else "has no build"
     try:
-        pin, series = source.pin(), patches.series_sha256()
+        pin, series = source.pin(), patches.series_sha256() if wanted.series else ""
     except TurboEvalError as error:
         raise RefusedError(f"it {has}, not {wanted.tree[:12]}, and no checkout: {error.message}") from None
     if (pin, series) != (wanted.pin, wanted.series):
@@ -60,12 +60,12 @@ def matching_build(wanted: Source, bin_dir: Path | None, device: AbstractContext
         )
     try:
         with device:
-            made, _ = builds.build(wanted.backend)
-    except EnvironmentProblem as error:
+            made, _ = builds.build(wanted.backend, patched=bool(wanted.series))
+    except TurboEvalError as error:
         raise RefusedError(f"it could not build tree {wanted.tree[:12]}: {error.message}") from None
     if made.tree != wanted.tree:
         raise RefusedError(
-            f"its checkout builds tree {made.tree[:12]}, the sweep measures {wanted.tree[:12]}",
-            "drop the edits in its build/src with `turbo-eval patches apply --force`",
+            f"its sources build tree {made.tree[:12]}, the sweep measures {wanted.tree[:12]}",
+            "drop the edits there, or bring them to the sweep's commit",
         )
     return made

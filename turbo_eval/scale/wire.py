@@ -28,7 +28,10 @@ class Need(_Message):
 
 
 class Source(_Message):
-    """A build, known by its sources: `tree` is the hash, the rest says how to make it."""
+    """A build, known by its sources: `tree` is the hash, the rest says how to make it.
+
+    `series` is the hash of the patches that are on `pin`, "" if none are.
+    """
 
     backend: str
     tree: str
