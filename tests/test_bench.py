@@ -16,6 +16,7 @@ from turbo_eval.corpora import CorpusFile
 from turbo_eval.errors import UsageError
 from turbo_eval.gguf_info import read_gguf_info
 from turbo_eval.synthetic import Shape, parse_shape, synthetic_model
+from turbo_eval.tool import capabilities
 
 
 def bench_record(**changes: Any) -> BenchRecord:
@@ -106,6 +107,22 @@ def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:
     ], "the rounds are interleaved"
     assert (tmp_path / "p.svg").read_text().count("q4_0/q5_0") >= 1
     assert cli.run("table", cli.results).returncode == 3, "benchmarks are no quality records"
+
+
+def test_anchor_states_beside_each_other(tmp_path: Path, build: Build) -> None:
+    if not capabilities(build).kv_anchor:
+        pytest.skip("an unpatched build has no K anchor")
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["bench", "--synthetic", "tiny", "--pairs", "q8_0:q8_0", "--depths", "0", "--anchor", "auto,off"]
+    args += ["--prompt", "16", "--gen", "0", "--reps", "2", "--threads", "1"]
+    done = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert done.returncode == 0, done.stderr
+    said = [line.split(": ")[0] for line in done.stderr.splitlines() if line.startswith("depth 0")]
+    cells = ("f16/f16", "q8_0/q8_0 (anchor auto)", "q8_0/q8_0 (anchor off)")
+    assert said == [f"depth 0 round {n}/2 {cell}" for n in (1, 2) for cell in cells]
+    assert "(anchor off)" in done.stdout.replace("\n", "")
+    wrong = cli.run("bench", "--synthetic", "tiny", "--anchor", "of", "--bin-dir", cli.bin_dir)
+    assert wrong.returncode == 2 and "is not auto, on or off" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ from turbo_eval.store import writing
 BENCH_SCHEMA = 1
 REFERENCE = ("f16", "f16")
 
+# What is measured: K, V, and the K anchor (None: the build has none).
+Candidate = tuple[str, str, str | None]
+
 
 class BenchRecord(BaseModel):
     """Speed of one pair at one depth. Speeds in tokens/s, one sample a round, in the order measured.
@@ -92,7 +95,10 @@ def _ratio(ours: Sequence[float], f16: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Pairs (f16/f16 is measured in any case) over depths; `reps` interleaved rounds."""
+    """Pairs × anchors (f16/f16 is measured in any case) over depths; `reps` interleaved rounds.
+
+    `anchors` holds None alone where the build has no anchor.
+    """
 
     pairs: tuple[tuple[str, str], ...]
     depths: tuple[int, ...]
@@ -101,8 +107,14 @@ class BenchPlan:
     reps: int
     threads: int
     backend: str
-    anchor: str | None
+    anchors: tuple[str | None, ...]
     timeout: float | None = None
+
+    def candidates(self) -> list[Candidate]:
+        """f16/f16 first, each once."""
+        reference: Candidate = (*REFERENCE, None if None in self.anchors else "auto")
+        others = [(*pair, anchor) for pair in self.pairs if pair != REFERENCE for anchor in self.anchors]
+        return list(dict.fromkeys([reference, *others]))
 
 
 @dataclass(frozen=True)
@@ -135,25 +147,30 @@ def run_bench(
     Raises:
         EnvironmentProblem: no llama-bench, or the disk is full.
     """
-    order = list(dict.fromkeys([REFERENCE, *plan.pairs]))
+    order = plan.candidates()
     records: list[BenchRecord] = []
     for depth in plan.depths:
-        samples: dict[tuple[str, str], list[_Sample]] = {pair: [] for pair in order}
+        samples: dict[Candidate, list[_Sample]] = {candidate: [] for candidate in order}
         for round_number in range(plan.reps):
-            for pair in order:
-                if any(s.fault for s in samples[pair]):
+            for candidate in order:
+                if any(s.fault for s in samples[candidate]):
                     continue
-                sample = _run_once(plan, pair, depth, model, build, folder)
-                samples[pair].append(sample)
+                sample = _run_once(plan, candidate, depth, model, build, folder)
+                samples[candidate].append(sample)
                 say(
-                    f"depth {depth} round {round_number + 1}/{plan.reps} {pair[0]}/{pair[1]}: "
+                    f"depth {depth} round {round_number + 1}/{plan.reps} {_words(plan, candidate)}: "
                     + (_speeds(sample) if sample.fault is None else ": ".join(sample.fault))
                 )
-        for pair in order:
-            record = _record(plan, pair, depth, samples, model, build, provenance)
+        for candidate in order:
+            record = _record(plan, candidate, depth, samples, model, build, provenance)
             _write(folder, record)
             records.append(record)
     return records
+
+
+def _words(plan: BenchPlan, candidate: Candidate) -> str:
+    k, v, anchor = candidate
+    return f"{k}/{v} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != REFERENCE else f"{k}/{v}"
 
 
 def _speeds(sample: _Sample) -> str:
@@ -170,13 +187,14 @@ def bench_argv(plan: BenchPlan, pair: tuple[str, str], depth: int, model: Path, 
 
 
 def _run_once(
-    plan: BenchPlan, pair: tuple[str, str], depth: int, model: ModelFile, build: Build, folder: Path
+    plan: BenchPlan, candidate: Candidate, depth: int, model: ModelFile, build: Build, folder: Path
 ) -> _Sample:
-    argv = bench_argv(plan, pair, depth, model.path, build)
+    k, v, anchor = candidate
+    argv = bench_argv(plan, (k, v), depth, model.path, build)
     env, _ = child_environment()
-    if plan.anchor is not None:
-        env["LLAMA_ARG_KV_ANCHOR"] = plan.anchor
-    log = folder / "logs" / f"{model.name}.{pair[0]}-{pair[1]}.d{depth}.log".replace("/", "-")
+    if anchor is not None:
+        env["LLAMA_ARG_KV_ANCHOR"] = anchor
+    log = folder / "logs" / f"{model.name}.{k}-{v}.d{depth}.log".replace("/", "-")
     outcome = run(argv, log=log, env=env, timeout=plan.timeout)
     effective = parse.parse_effective(outcome.text)
     fault = judge.judge_process(outcome, plan.timeout)
@@ -187,13 +205,13 @@ def _run_once(
             model_sha256=model.sha256,
             corpus="",
             corpus_sha256="",
-            k=pair[0],
-            v=pair[1],
+            k=k,
+            v=v,
             ctx=0,
             chunks=0,
             batch=0,
             ubatch=0,
-            anchor=plan.anchor or "off",
+            anchor=anchor or "off",
             backend=plan.backend,  # type: ignore[arg-type]
             tree=build.tree,
         )
@@ -227,25 +245,26 @@ def _parse(text: str) -> dict[str, float]:
 
 def _record(
     plan: BenchPlan,
-    pair: tuple[str, str],
+    candidate: Candidate,
     depth: int,
-    samples: dict[tuple[str, str], list[_Sample]],
+    samples: dict[Candidate, list[_Sample]],
     model: ModelFile,
     build: Build,
     provenance: Provenance,
 ) -> BenchRecord:
-    own, exact = samples[pair], samples[REFERENCE]
+    k, v, anchor = candidate
+    own, exact = samples[candidate], samples[plan.candidates()[0]]
     fault = next((s.fault for s in own if s.fault), None)
     identity = {
         "model_sha256": model.sha256,
-        "k": pair[0],
-        "v": pair[1],
+        "k": k,
+        "v": v,
         "depth": depth,
         "prompt": plan.prompt,
         "gen": plan.gen,
         "backend": plan.backend,
         "threads": plan.threads,
-        "anchor": plan.anchor or "off",
+        "anchor": anchor or "off",
         "tree": build.tree,
         "env": relevant_environment(),
     }
@@ -269,6 +288,12 @@ def _record(
         provenance=provenance,
         **identity,  # type: ignore[arg-type]
     )
+
+
+def pair_label(record: BenchRecord, among: Sequence[BenchRecord]) -> str:
+    """ "K/V", with the anchor where the pair is there with several."""
+    anchors = {r.anchor for r in among if (r.k, r.v) == (record.k, record.v)}
+    return f"{record.k}/{record.v}" + (f" (anchor {record.anchor})" if len(anchors) > 1 else "")
 
 
 def _write(folder: Path, record: BenchRecord) -> None:

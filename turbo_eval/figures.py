@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbo_eval.bench import BenchRecord
+from turbo_eval.bench import BenchRecord, pair_label
 from turbo_eval.cache_types import cache_type
 from turbo_eval.errors import UsageError
 from turbo_eval.store import writing
@@ -133,14 +133,15 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2, sharex=True)
-    pairs = list(dict.fromkeys((r.k, r.v) for r in records if r.status == "ok"))
+    measured = [r for r in records if r.status == "ok"]
+    labels = list(dict.fromkeys(pair_label(r, measured) for r in measured))
     for column, name in enumerate(("prefill", "decode")):
-        for k, v in pairs:
-            own = [r for r in records if (r.k, r.v) == (k, v) and r.status == "ok"]
+        for label in labels:
+            own = [r for r in measured if pair_label(r, measured) == label]
             for line, field in enumerate((f"{name}_median", f"{name}_ratio")):
                 points = [(r.depth, y) for r in own if (y := r.row()[field]) is not None]
                 if points:
-                    grid[line][column].plot(*zip(*points, strict=True), "o-", label=f"{k}/{v}")
+                    grid[line][column].plot(*zip(*points, strict=True), "o-", label=label)
         grid[0][column].set_title(name, color=_INK)
         grid[1][column].set_xlabel("depth [tokens]", color=_INK)
         grid[1][column].axhline(1, color=_INK, linewidth=0.6)
@@ -150,7 +151,7 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
         axes.tick_params(colors=_INK)
         for spine in axes.spines.values():
             spine.set_color(_INK)
-    if pairs:
+    if labels:
         grid[0][1].legend(fontsize=8, framealpha=0.5)
     return figure
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval import figures, table
-from turbo_eval.bench import UNVERIFIED, BenchRecord, quality
+from turbo_eval.bench import UNVERIFIED, BenchRecord, pair_label, quality
 from turbo_eval.cache_types import cache_type
 from turbo_eval.record import Record
 from turbo_eval.store import writing
@@ -120,15 +120,15 @@ def markdown(
         parts += [f"## Speed: {model.split('/')[-1]}", ""]
         parts += ["| depth | K/V | prefill t/s | × f16 | decode t/s | × f16 | quality |"]
         parts += ["| ---: | --- | ---: | ---: | ---: | ---: | --- |"]
-        parts += ["| " + " | ".join(_bench_cells(r, records)) + " |" for r in own]
+        parts += ["| " + " | ".join(_bench_cells(r, own, records)) + " |" for r in own]
         parts.append("")
     return "\n".join(parts)
 
 
-def _bench_cells(record: BenchRecord, records: Sequence[Record]) -> list[str]:
-    row = record.row()
+def _bench_cells(record: BenchRecord, among: Sequence[BenchRecord], records: Sequence[Record]) -> list[str]:
+    row, label = record.row(), pair_label(record, among)
     if record.status != "ok":
-        return [str(record.depth), f"{record.k}/{record.v}", "–", "–", "–", "–", record.status]
+        return [str(record.depth), label, "–", "–", "–", "–", record.status]
     found = quality(record, records)
     words = (
         UNVERIFIED
@@ -142,7 +142,7 @@ def _bench_cells(record: BenchRecord, records: Sequence[Record]) -> list[str]:
         ("decode_ratio", ".3f"),
     )
     numbers = [format(row[n], p) if row[n] is not None else "–" for n, p in names]
-    return [str(record.depth), f"{record.k}/{record.v}", *numbers, words]
+    return [str(record.depth), label, *numbers, words]
 
 
 def html_page(
@@ -260,7 +260,7 @@ def _html_speed(benches: Sequence[BenchRecord], records: Sequence[Record]) -> li
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     for model, own in _by_model(benches):
         out.append(f"<h3>{escape(model.split('/')[-1])}, {escape(own[0].backend)}</h3>")
-        lines = [_bench_cells(r, records) for r in own]
+        lines = [_bench_cells(r, own, records) for r in own]
         out.append(_scroll("Speed", _html_table(columns, lines, [r.status != "ok" for r in own])))
         out.append(
             "<figure>" + figures.inline_svg(figures.speed_figure(own), "Speed against depth") + "</figure>"

@@ -87,10 +87,10 @@ def bench(
         reps=reps,
         threads=threads or os.cpu_count() or 1,
         backend=backend or "cpu",
-        anchor=(anchor or "auto") if able else None,
+        anchors=_anchors(anchor) if able else (None,),
         timeout=timeout,
     )
-    if anchor not in (None, "off") and not able:
+    if anchor not in (None, "off") and not able:  # nothing to switch off is as good as off
         raise UsageError(f"the build in {build.bin_dir} has no --kv-anchor", "use the patched build")
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
@@ -135,6 +135,16 @@ def _depths(text: str) -> tuple[int, ...]:
     return found
 
 
+def _anchors(text: str | None) -> tuple[str, ...]:
+    from turbo_eval.errors import UsageError
+
+    found = tuple(a.strip() for a in (text or "auto").split(",") if a.strip())
+    for anchor in found:
+        if anchor not in ("auto", "on", "off") and not Path(anchor).is_file():
+            raise UsageError(f"--anchor {anchor!r} is not auto, on or off, and no file of that name is there")
+    return found
+
+
 def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[str, object]]:
     from turbo_eval.bench import UNVERIFIED, quality
 
@@ -154,7 +164,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
     from rich import box
     from rich.table import Table
 
-    from turbo_eval.bench import UNVERIFIED, quality
+    from turbo_eval.bench import UNVERIFIED, pair_label, quality
 
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     table = Table(*columns, box=box.SIMPLE_HEAD)
@@ -162,7 +172,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
         row = record.row()
         found = quality(record, known)
         if record.status != "ok":
-            table.add_row(str(record.depth), f"{record.k}/{record.v}", record.status, style="red")
+            table.add_row(str(record.depth), pair_label(record, records), record.status, style="red")
             continue
         if found is None:
             words = f"[yellow]{UNVERIFIED}[/yellow]"
@@ -172,7 +182,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
             words = f"PPL {found.ppl:.4f}"
         cells = [_number(row[n], p) for n, p in (("prefill_median", 1), ("prefill_ratio", 3))]
         cells += [_number(row[n], p) for n, p in (("decode_median", 2), ("decode_ratio", 3))]
-        table.add_row(str(record.depth), f"{record.k}/{record.v}", *cells, words)
+        table.add_row(str(record.depth), pair_label(record, records), *cells, words)
     return table
 
 
