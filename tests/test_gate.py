@@ -195,5 +195,6 @@ def test_the_shipped_configs_are_valid() -> None:
     from turbo_eval.paths import configs_dir
 
     load_gate(configs_dir() / "gates.toml")
-    for name in ("demo", "issue-27", "full", "gates"):
+    load_gate(configs_dir() / "gates-anchor.toml")
+    for name in ("demo", "issue-27", "full", "gates", "gates-anchor"):
         sweep_spec(load_sweep_data(configs_dir() / f"{name}.toml"), name)
