@@ -40,6 +40,21 @@ struct setting { const char * order; int family; };
 // the three orders, and every GPU family at least once
 static const setting k_settings[] = { { "forward", 7 }, { "reverse", 8 }, { "random:1", 9 }, { "random:2", 10 } };
 
+// how often a case was executed and judged right, by lane order: a right case is right in every order
+struct order_count { int runs = 0, ok = 0; };
+static std::map<std::string, order_count> g_orders;
+
+// one execution of a case under a setting
+struct execution {
+    order_count & count;
+    explicit execution(const setting & st) : count(g_orders[std::string(st.order).substr(0, std::string(st.order).find(':'))]) {
+        emu_set_order(st.order);
+        emu_set_family(st.family);
+        count.runs++;
+    }
+    void ok() { count.ok++; }
+};
+
 static const ggml_type k_types[] = {
     GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL,
     GGML_TYPE_TURBO3, GGML_TYPE_TURBO4,
@@ -158,8 +173,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     double nmse = 0;
     std::string kernels;
     for (const setting & st : settings) {
-        emu_set_order(st.order);
-        emu_set_family(st.family);
+        execution run(st);
         runner r;
         ggml_tensor * tq = ggml_new_tensor_3d(r.ctx, GGML_TYPE_F32, c.hs, c.nq, nh);
         ggml_tensor * tk = ggml_new_tensor_3d(r.ctx, c.tk, c.hs, n_kvh, c.kv);
@@ -199,6 +213,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
         } else if (memcmp(first.data(), got.data(), got.size()*sizeof(float)) != 0) {
             return { false, fmt("order %s, family %d differs from order %s, family %d", st.order, st.family, settings[0].order, settings[0].family) };
         }
+        run.ok();
     }
 
     // which path must have run
@@ -251,8 +266,7 @@ static result run_set_rows(ggml_backend_t dev, ggml_type t, ggml_type ti, int64_
     const size_t rs = ggml_row_size(t, ne0);
     std::vector<uint8_t> first;
     for (const setting & st : settings) {
-        emu_set_order(st.order);
-        emu_set_family(st.family);
+        execution run(st);
         runner r;
         ggml_tensor * dst = ggml_new_tensor_2d(r.ctx, t, ne0, total);
         ggml_tensor * src = ggml_new_tensor_2d(r.ctx, GGML_TYPE_F32, ne0, n);
@@ -276,6 +290,7 @@ static result run_set_rows(ggml_backend_t dev, ggml_type t, ggml_type ti, int64_
         }
         if (first.empty()) { first = got; }
         if (first != got) { return { false, fmt("order %s differs", st.order) }; }
+        run.ok();
     }
     return judge_encoding(t, first, ref, x);
 }
@@ -286,7 +301,7 @@ static result run_cpy_to(ggml_backend_t dev, ggml_type t, int64_t ne0, const std
     const std::vector<uint8_t> ref = encode(t, x, ne0);
     std::vector<uint8_t> first;
     for (const setting & st : settings) {
-        emu_set_order(st.order);
+        execution run(st);
         runner r;
         ggml_tensor * src = ggml_new_tensor_2d(r.ctx, GGML_TYPE_F32, ne0, n);
         ggml_tensor * out = ggml_cpy(r.ctx, src, ggml_new_tensor_2d(r.ctx, t, ne0, n));
@@ -298,6 +313,7 @@ static result run_cpy_to(ggml_backend_t dev, ggml_type t, int64_t ne0, const std
         ggml_backend_tensor_get(out, got.data(), 0, got.size());
         if (first.empty()) { first = got; }
         if (first != got) { return { false, fmt("order %s differs", st.order) }; }
+        run.ok();
     }
     return judge_encoding(t, first, ref, x);
 }
@@ -314,8 +330,7 @@ static result run_decode(ggml_backend_t dev, ggml_type t, ggml_type to, int64_t 
     }
     const std::vector<float> want = decode(t, data.data(), x.size());
     for (const setting & st : settings) {
-        emu_set_order(st.order);
-        emu_set_family(st.family);
+        execution run(st);
         runner r;
         ggml_tensor * src = ggml_new_tensor_2d(r.ctx, t, ne0, n);
         ggml_tensor * idx = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n);
@@ -335,6 +350,7 @@ static result run_decode(ggml_backend_t dev, ggml_type t, ggml_type to, int64_t 
             if (to == GGML_TYPE_F16) { w = ggml_fp16_to_fp32(ggml_fp32_to_fp16(w)); }
             if (got[i] != w) { return { false, fmt("value %d is %g, must be %g (order %s, family %d)", (int) i, got[i], w, st.order, st.family) }; }
         }
+        run.ok();
     }
     return { true, "exact" };
 }
@@ -347,8 +363,7 @@ static result run_rotation(ggml_backend_t dev, int n, int64_t rows_, const std::
     for (auto & v : x) { v = rng.gauss(); }
     std::string kernels;
     for (const setting & st : settings) {
-        emu_set_order(st.order);
-        emu_set_family(st.family);
+        execution run(st);
         runner r;
         ggml_tensor * th = ggml_new_tensor_2d(r.ctx, GGML_TYPE_F32, n, n);
         ggml_tensor * tx = ggml_new_tensor_2d(r.ctx, GGML_TYPE_F32, n, rows_);
@@ -372,6 +387,7 @@ static result run_rotation(ggml_backend_t dev, int n, int64_t rows_, const std::
             }
         }
         if (!(e/s < 1e-10)) { return { false, fmt("NMSE %.2e (order %s; %s)", e/s, st.order, kernels.c_str()) }; }
+        run.ok();
     }
     return { kernels.find("fwht") != std::string::npos, kernels };
 }
@@ -484,6 +500,9 @@ int main(int argc, char ** argv) {
 
     for (const auto & c : counts) {
         printf("%-15s %5d passed %5d failed\n", c.first.c_str(), c.second.first, c.second.second);
+    }
+    for (const auto & o : g_orders) {
+        printf("lane order %s: %d executions, %d right\n", o.first.c_str(), o.second.runs, o.second.ok);
     }
     printf("%d K/V pairs, lane orders forward, reverse, random, GPU families Apple7..10, shard %d/%d, %.0f s\n", pairs, shard, n_shards,
             std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count());
