@@ -1,13 +1,21 @@
-"""The Metal backend on the emulated device: a reduced list of `make test-metal`."""
+"""The Metal backend on the emulated device: a reduced list of `make test-metal`, and a sweep."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import absent
+from tests.harness import QUICK, Cli
+from turbo_eval.build import Build
+from turbo_eval.corpora import CorpusFile
+from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.models import ModelFile
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "build/metal-emu"
@@ -97,18 +105,76 @@ def test_rewriter_wants_every_library_in_both_lists(tmp_path: Path) -> None:
     assert "GGML_METAL_LIBS and CMakeLists.txt differ in: other" in done.stderr
 
 
-@pytest.mark.metal
-def test_reduced_matrix() -> None:
-    if not (EMULATOR / "libggml-metal-emu.so").exists():
-        pytest.skip("the emulated Metal device is not built; run `make metal-emu` (needs clang 16 or newer)")
-    argv = [sys.executable, str(ROOT / "metal-emu/run_tests.py"), "--quick", "--only", "pairs"]
-    argv += ["--src", str(ROOT / "build/src"), "--bin", str(ROOT / "build/cpu/bin"), "--out", str(EMULATOR)]
+@pytest.fixture(scope="module")
+def emulator() -> Path:
+    """The library of the emulated device, which `make test` builds where there is a compiler for it."""
+    if sys.platform != "linux":
+        pytest.skip("the emulated Metal device needs Linux")
+    library = EMULATOR / "libggml-metal-emu.so"
+    if not library.exists():
+        absent(EnvironmentProblem("the emulated Metal device is not built", "run `make metal-emu`"))
+    return library
+
+
+def _run_tests(step: str, build: Build, *more: str) -> str:
+    """One step of `make test-metal`'s reduced list; what it printed."""
+    argv = [sys.executable, str(ROOT / "metal-emu/run_tests.py"), "--quick", "--only", step, *more]
+    argv += ["--src", str(ROOT / "build/src"), "--bin", str(build.bin_dir), "--out", str(EMULATOR)]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    passed = {
-        op: int(n) for op, n in re.findall(r"^ok   pairs (\S+): (\d+) passed, 0 failed$", done.stdout, re.M)
-    }
+    return done.stdout
+
+
+@pytest.mark.metal
+def test_whatever_is_accepted_has_a_kernel(emulator: Path, build: Build) -> None:
+    out = _run_tests("crosscheck", build)
+    print(out)
+
+
+@pytest.mark.metal
+def test_pairs_in_every_lane_order_and_gpu_family(emulator: Path, build: Build) -> None:
+    out = _run_tests("pairs", build)
+    passed = {op: int(n) for op, n in re.findall(r"^ok   pairs (\S+): (\d+) passed, 0 failed", out, re.M)}
     # 14 pairs of f16, q8_0, turbo3 and turbo4
     assert passed["FLASH_ATTN_EXT"] >= 14 * 18
     assert passed["SET_ROWS"] >= 16
     assert passed["rotation"] == 6
+
+
+@pytest.mark.metal
+def test_planted_faults_are_caught(emulator: Path, build: Build) -> None:
+    out = _run_tests("controls", build)
+    assert len(re.findall(r"^ok   control: .*: caught: ", out, re.M)) >= 6
+
+
+@pytest.mark.metal
+def test_whole_model_equals_the_cpu(
+    emulator: Path, build: Build, smollm: ModelFile, prose: CorpusFile
+) -> None:
+    out = _run_tests("model", build, "--model", str(smollm.path), "--text", str(prose.path))
+    print(out)
+
+
+@pytest.mark.metal
+def test_sweep_on_the_device_records_its_family(
+    emulator: Path, build: Build, smollm: ModelFile, prose: CorpusFile, tmp_path: Path
+) -> None:
+    """As on a Mac: the build has a Metal library, the layers go to the GPU, the log names its family."""
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for file in build.bin_dir.iterdir():
+        (bin_dir / file.name).symlink_to(file.resolve())
+    shutil.copy(emulator, bin_dir / emulator.name)
+    cli = Cli(tmp_path / "results", bin_dir)
+    args = ("--model", smollm.path, "--corpus", prose.path, "--pairs", "turbo4:turbo4", *QUICK)
+    done = cli.sweep(
+        *args, "--metrics", "ppl", "--backend", "metal", env={"GGML_BACKEND_PATH": str(emulator)}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = cli.records()
+    assert {r["cell"]["k"] for r in records} == {"f16", "turbo4"}
+    for record in records:
+        assert record["cell"]["backend"] == "metal"
+        assert record["effective"]["gpu"] == ["GPU family: MTLGPUFamilyApple9  (1009)"]
+        assert record["effective"]["kv_devices"] == ["MTL0"]
+        assert record["effective"]["layers_offloaded"] == record["effective"]["layers"]
