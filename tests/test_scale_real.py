@@ -310,13 +310,15 @@ def test_ctrl_c_says_how_to_go_on_and_frees_the_worker(
     lab.wait()
     cli = Cli(tmp_path / "results", build.bin_dir)
     process = _background(
-        cli, "--pairs", "f16:f16", "--ctx", "64", "--chunks", "200", "--scheduler", lab.address
+        cli, "--pairs", "f16:f16", "--ctx", "64", "--chunks", "1000", "--scheduler", lab.address
     )
     _until(lambda: _computes(lab.workers[0]))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert one_sentence(err) and "run the same command again" in err
+    assert _computes(lab.workers[0]), "a rerun could take it up"
+    _until(lambda: not _computes(lab.workers[0]), 90)  # but nobody came
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class LineReporter:
 
     def note(self, text: str) -> None:
         """Something about the sweep as a whole, e.g. a worker that was lost."""
-        print(f"turbo-eval: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 class _RichReporter(LineReporter):
