@@ -28,7 +28,7 @@ from turbo_eval import build as builds
 from turbo_eval import paths, project, verdict
 from turbo_eval.build import find_build
 from turbo_eval.config import load_gate
-from turbo_eval.errors import TurboEvalError
+from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.init import TEMPLATES, init
 from turbo_eval.models import ModelFile
 
@@ -201,7 +201,7 @@ def sources() -> Path:
     except TurboEvalError as error:
         absent(error)
     if not build.current():
-        pytest.skip("build/src is not what was built")
+        absent(EnvironmentProblem("build/src is not what was built", "run `make build-cpu`"))
     return paths.worktree_dir()
 
 
