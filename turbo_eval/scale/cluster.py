@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import queue
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,7 @@ class Cluster:
         self._queue: queue.SimpleQueue[Future[Any] | Said] = queue.SimpleQueue()
         self._futures: dict[str, Future[Any]] = {}
         self._members: dict[str, Member] = {}
+        self._ready: deque[Answered | Failed | Said] = deque()
         try:
             self._client = Client(
                 address, security=security, set_as_default=False, timeout=timeout, name="turbo-eval"
@@ -154,33 +157,53 @@ class Cluster:
         Raises:
             EnvironmentProblem: the scheduler is gone.
         """
-        try:
-            item = self._queue.get(timeout=timeout)
-        except queue.Empty:
-            self._require_scheduler()
-            return None
-        if isinstance(item, Said):
-            return item
-        key = str(item.key)
-        if self._futures.get(key) is not item:
-            return None  # cancelled since
-        if item.status == "finished":
-            try:
-                text = item.result(timeout=30)
-            except TimeoutError:  # its worker died with the answer, and it is computed again
-                item.add_done_callback(self._queue.put)
-                return None
-            except Exception as error:
-                return self._failed(key, error)
-            del self._futures[key]
-            return Answered(key, str(text))
-        self._require_scheduler()
-        return self._failed(key, item.exception(timeout=30) if item.status == "error" else None)
+        if not self._ready:
+            self._wait(timeout)
+        return self._ready.popleft() if self._ready else None
 
-    def _failed(self, key: str, error: BaseException | None) -> Failed:
-        del self._futures[key]
-        name = type(error).__name__ if error is not None else "cancelled"
-        return Failed(key, f"{name}: {error}" if error is not None else name, lost=name == "KilledWorker")
+    def _wait(self, timeout: float) -> None:
+        """Fetch all that is there in one go: a round trip costs the same for many as for one."""
+        items: list[Future[Any] | Said] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._queue.get(timeout=timeout))
+            while True:
+                items.append(self._queue.get_nowait())
+        self._require_scheduler()
+        done: list[Future[Any]] = []
+        for item in items:
+            if isinstance(item, Said):
+                self._ready.append(item)
+            elif self._futures.get(str(item.key)) is item:  # not cancelled since
+                done.append(item)
+        good = [future for future in done if future.status == "finished"]
+        answers = self._gather(good) if good else {}
+        for future in done:
+            key = str(future.key)
+            if future.status == "finished" and key not in answers:
+                # Its worker died with the answer, and Dask has it computed again.
+                future.add_done_callback(self._queue.put)
+                continue
+            del self._futures[key]
+            if key in answers:
+                self._ready.append(Answered(key, answers[key]))
+            else:
+                error = future.exception(timeout=30) if future.status == "error" else None
+                self._ready.append(_failed(key, error))
+
+    def _gather(self, futures: list[Future[Any]]) -> dict[str, str]:
+        """The answers that can be had within half a minute, by key."""
+        keys = [str(future.key) for future in futures]
+        coroutine = self._client.gather(futures, errors="skip", asynchronous=True)
+        loop: Any = self._client.loop
+        running = asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+        try:
+            texts = running.result(timeout=30)
+        except TimeoutError:
+            running.cancel()
+            return {}
+        if len(texts) != len(keys):  # one failed meanwhile, and it is not said which
+            return {}
+        return {key: str(text) for key, text in zip(keys, texts, strict=True)}
 
     def close(self) -> None:
         """Let go of the scheduler and of every request."""
@@ -195,3 +218,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _failed(key: str, error: BaseException | None) -> Failed:
+    name = type(error).__name__ if error is not None else "cancelled"
+    return Failed(key, f"{name}: {error}" if error is not None else name, lost=name == "KilledWorker")

@@ -30,9 +30,11 @@ from turbo_eval.scale.wire import CHUNK, Admit, Admitted, Measure, Measured, Nee
 from turbo_eval.store import Store
 from turbo_eval.sweep import InterruptedSweepError, Reporter, SweepResult
 
-# Requests a worker has at a time: one that runs and one that waits, so that it is never idle and
-# client and scheduler hold a bounded number.
-IN_FLIGHT = 2
+# Cells a worker is given at a time. One, so that none waits at a busy worker while another is idle; if
+# they are so short that fetching the next would be felt, some more. Bounded in any case, and with it
+# what client and scheduler hold.
+IN_FLIGHT = 3
+SHORT = 2.0  # seconds
 _LOOK = 1.0  # seconds between looks at who is there
 
 
@@ -156,6 +158,7 @@ class _Run:
         self.waited: set[int] = set()  # for such cells
         self.troubles: list[str] = []
         self._stores: dict[str, Store] = {}
+        self._pace = SHORT  # seconds of the last cells, roughly
         self._looked = 0.0
         self._useful = time.monotonic()  # when a worker was last there for what is left
         self._id = uuid4().hex
@@ -287,9 +290,10 @@ class _Run:
             if worker.state == "welcome":
                 classes.setdefault(worker.member.machine(), []).append(address)
         self._look_again()
+        depth = IN_FLIGHT if self._pace < SHORT else 1
         for machine, addresses in classes.items():
             memory = self.workers[addresses[0]].member.resources.get("memory_gib", 0.0)
-            room = IN_FLIGHT * len(addresses) - sum(f.machine == machine for f in self.flights.values())
+            room = depth * len(addresses) - sum(f.machine == machine for f in self.flights.values())
             while room > 0:
                 number = self.placement.take(machine, memory, self._may)
                 if number is None:
@@ -452,6 +456,8 @@ class _Run:
         self._write(flight, record, log)
 
     def _write(self, flight: _Flight, record: Record, log: str) -> None:
+        self._pace += (record.run.seconds - self._pace) / 4
+        self._fill()  # the worker goes on while we write
         store = self.store(flight.machine)
         place = store.log_path(record.cell)
         place.write_text(log, encoding="utf-8")  # in place: the lock is on this file
