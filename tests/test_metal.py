@@ -105,6 +105,23 @@ def test_rewriter_wants_every_library_in_both_lists(tmp_path: Path) -> None:
     assert "GGML_METAL_LIBS and CMakeLists.txt differ in: other" in done.stderr
 
 
+def test_embedded_libraries_have_their_headers(build: Build) -> None:
+    """The Mac build pastes the headers a source itself names before it, and drops every #include."""
+    kernels = ROOT / "build/src/ggml/src/ggml-metal/kernels"
+    pasted = ("dequantize.h", "quantize.h", "fa_common.metal", "fa_vec_common.metal")
+
+    def named(file: str) -> set[str]:
+        return set(re.findall(r'^#include "([\w.]+)"', (kernels / file).read_text(), re.M))
+
+    needs = {header: named(header) & set(pasted) for header in pasted}
+    assert needs["quantize.h"] == {"dequantize.h"}
+    sources = [f.name for f in kernels.glob("*.metal") if f.name not in pasted]
+    assert len(sources) > 30
+    for source in sources:
+        for header in named(source) & set(pasted):
+            assert needs[header] <= named(source), f"{source} names {header} but not {needs[header]}"
+
+
 @pytest.fixture(scope="module")
 def emulator() -> Path:
     """The library of the emulated device, which `make test` builds where there is a compiler for it."""
