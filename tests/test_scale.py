@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from turbo_eval.scale.pool import shares
 from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_address, security
 from turbo_eval.scale.tree import matching_build
 from turbo_eval.scale.wire import Need, Source
+from turbo_eval.scale.worker import find_device
 
 DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}
 ANY = float("inf")
@@ -137,6 +139,67 @@ def test_each_gpu_gets_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s.env["CUDA_VISIBLE_DEVICES"] for s in shares(2, "cuda", None)] == ["3", "5"]
     with pytest.raises(UsageError, match="3 GPUs, this machine has 2"):
         shares(3, "cuda", None)
+
+
+SMI = """#!/bin/bash
+# two unlike GPUs, as nvidia-smi lists them; -i chooses
+chosen=0,1
+[ "$1" = -i ] && chosen=$2
+for i in ${chosen//,/ }; do
+  [ "$i" = 0 ] && echo "NVIDIA A100 80GB PCIe, 81920"
+  [ "$i" = 1 ] && echo "NVIDIA L4, 23034"
+done
+exit 0
+"""
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with two GPUs, as far as one can tell by asking nvidia-smi."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machine.cache_clear()
+    yield monkeypatch
+    machine.cache_clear()
+
+
+def test_a_worker_is_for_one_gpu_and_declares_it(two_gpus: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="sees 2 GPUs") as caught:
+        find_device(None)
+    assert "CUDA_VISIBLE_DEVICES=0" in caught.value.next_step
+    devices = []
+    for number in "01":
+        two_gpus.setenv("CUDA_VISIBLE_DEVICES", number)
+        machine.cache_clear()
+        devices.append(find_device(None))
+    assert [d.memory_gib for d in devices] == [80.0, 22.5]
+    assert devices[0].machine != devices[1].machine, "unlike GPUs of one machine are compared with none"
+    resources = devices[1].resources()
+    assert (resources["cuda"], resources["gpus"], resources["memory_gib"]) == (1, 1, 22.5)
+    assert resources[f"machine:{devices[1].machine}"] == 1
+    two_gpus.setenv("CUDA_VISIBLE_DEVICES", "")
+    machine.cache_clear()
+    assert find_device(None).backend == "cpu"
+    with pytest.raises(UsageError, match="sees no NVIDIA GPU"):
+        find_device("cuda")
+
+
+def test_jobs_give_each_gpu_to_one_worker(two_gpus: pytest.MonkeyPatch) -> None:
+    assert [s.env["CUDA_VISIBLE_DEVICES"] for s in shares(2, "cuda", None)] == ["0", "1"]
+    with pytest.raises(UsageError, match="use --jobs 2"):
+        raise_sentence(lambda: shares(3, "cuda", None))
+
+
+def raise_sentence(act: Callable[[], object]) -> None:
+    """The sentence as the message, so that `match` sees the next step too."""
+    try:
+        act()
+    except UsageError as error:
+        raise UsageError(error.sentence()) from None
 
 
 # -- placement -----------------------------------------------------------------------------------------
