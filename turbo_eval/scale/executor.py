@@ -143,7 +143,8 @@ class _Run:
             dirty=build.dirty,
         )
         self.own_machine = provenance.machine.id
-        self.needs = [needs_of(job) for job in plan.jobs]
+        same: dict[tuple[Need, ...], tuple[Need, ...]] = {}  # one tuple a combination of files
+        self.needs = [same.setdefault(needs, needs) for needs in map(needs_of, plan.jobs)]
         self.placement = Placement(plan.cells(), [memory_gib(job) for job in plan.jobs])
         self.records: dict[int, Record] = {}
         self.reused = 0
@@ -158,6 +159,7 @@ class _Run:
         self.waited: set[int] = set()  # for such cells
         self.troubles: list[str] = []
         self._stores: dict[str, Store] = {}
+        self._provenances: dict[str, Provenance] = {}
         self._pace = SHORT  # seconds of the last cells, roughly
         self._looked = 0.0
         self._useful = time.monotonic()  # when a worker was last there for what is left
@@ -467,10 +469,19 @@ class _Run:
         self._finish(flight.number, record, reused=False)
 
     def _finish(self, number: int, record: Record, *, reused: bool) -> None:
-        self.records[number] = record
+        self.records[number] = self._lean(number, record)
         self.reused += reused
         self.placement.done(number)
         self.reporter.end(number, record, reused=reused)
+
+    def _lean(self, number: int, record: Record) -> Record:
+        """The record, holding the plan's cell and one provenance with its like: a third of the memory."""
+        known = self._provenances.setdefault(record.machine, record.provenance)
+        cell = self.plan.jobs[number].cell
+        shared = {"cell": cell} if record.cell == cell else {}
+        return record.model_copy(
+            update=shared | ({"provenance": known} if record.provenance == known else {})
+        )
 
     # -- losing -----------------------------------------------------------------------------------
 
