@@ -27,8 +27,8 @@ from turbo_eval.scale.placement import Placement
 from turbo_eval.scale.pool import shares
 from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_address, security
 from turbo_eval.scale.tree import matching_build
-from turbo_eval.scale.wire import Need, Source
-from turbo_eval.scale.worker import find_device
+from turbo_eval.scale.wire import Admit, Measure, Need, Source
+from turbo_eval.scale.worker import Cells, Device, find_device
 
 DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}
 ANY = float("inf")
@@ -437,3 +437,45 @@ def test_a_tree_that_cannot_be_built_is_said_with_the_compilers_error(toy: toys.
     with pytest.raises(RefusedError, match="could not build") as caught:
         matching_build(_source(toy), None, Room())
     assert "error:" in caught.value.message
+
+
+# -- requests ------------------------------------------------------------------------------------------
+
+
+def _ask(cells: Cells, message: Admit | Measure | dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(message) if isinstance(message, dict) else message.model_dump_json()
+    return dict(json.loads(cells(text, b"")))
+
+
+def _measure(**cell: Any) -> Measure:
+    source = Source(backend="cpu", tree="a" * 40, pin="p", series="", dirty=False)
+    return Measure(
+        ticket="t",
+        cell=make_cell().model_copy(update=cell),
+        source=source,
+        needs=(),
+        anchor=None,
+        threads=1,
+        timeout=None,
+        references=(),
+    )
+
+
+def test_requests_are_checked_before_anything_is_done(tmp_path: Path) -> None:
+    cells = Cells(Device("cpu", "test-2c", 8.0), bin_dir=tmp_path / "nowhere")
+    assert "use the same turbo-eval" in _ask(cells, {"op": "run", "command": "id"})["refused"]
+    assert "use the same turbo-eval" in _ask(cells, {"op": "admit", "extra": 1})["refused"]
+    message = json.loads(_measure().model_dump_json())
+    for anchor in ("/etc/passwd", "x"):
+        assert "anchor" in _ask(cells, message | {"anchor": anchor})["refused"]
+    assert "unknown cache type" in _ask(cells, _measure(k="../../../tmp/x"))["refused"]
+    assert (
+        "it is for cpu, not for cuda"
+        in _ask(
+            cells,
+            _measure().model_copy(
+                update={"source": _measure().source.model_copy(update={"backend": "cuda"})}
+            ),
+        )["refused"]
+    )
+    assert "holds no llama-perplexity" in _ask(cells, _measure())["refused"]

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
@@ -338,13 +338,12 @@ class _Run:
             lock.close()
             self._finish(number, known, reused=True)
             return 0
-        anchor = "file" if job.cell.anchor_sha256 and job.anchor is not None else job.anchor
         request = Measure(
             ticket="",
             cell=job.cell,
             source=self.source,
             needs=self.needs[number],
-            anchor=anchor,
+            anchor=_anchor(job),
             threads=self.plan.spec.threads,
             timeout=self.plan.spec.timeout,
             references=tuple(self._references(job, store)),
@@ -609,6 +608,14 @@ class _Run:
     def _release(self, transfer: _Transfer) -> None:
         for number in transfer.held:
             self.placement.give_back(number)
+
+
+def _anchor(job: Job) -> Literal["auto", "on", "off", "file"] | None:
+    """What --kv-anchor gets; a file goes by content, its path here means nothing there."""
+    if job.anchor is None:
+        return None
+    modes: dict[str, Literal["auto", "on", "off"]] = {"auto": "auto", "on": "on", "off": "off"}
+    return modes.get(job.anchor, "file")
 
 
 _M = TypeVar("_M", bound=BaseModel)

@@ -71,7 +71,7 @@ class Measure(_Message):
     cell: Cell
     source: Source
     needs: tuple[Need, ...]
-    anchor: str | None
+    anchor: Literal["auto", "on", "off", "file"] | None
     threads: int | None
     timeout: float | None
     references: tuple[Record, ...]

@@ -19,6 +19,7 @@ import psutil
 from pydantic import ValidationError
 
 from turbo_eval.build import Build
+from turbo_eval.cache_types import cache_type
 from turbo_eval.corpora import resolve_corpus
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError, UsageError
 from turbo_eval.metrics.perplexity import Bench, OnProgress
@@ -210,6 +211,8 @@ class Cells:
             return answer
 
     def _measure(self, asked: Measure) -> Measured:
+        for cell in (asked.cell, *(record.cell for record in asked.references)):
+            cache_type(cell.k), cache_type(cell.v)  # names become parts of file names here
         self._require_environment(asked.cell.env)
         build, provenance = self._build(asked.source)
         if asked.cell.tree != build.tree:
