@@ -64,7 +64,7 @@ class Cluster:
         EnvironmentProblem: nothing answers at `address`, or TLS refuses.
     """
 
-    def __init__(self, address: str, security: Security | None = None, *, timeout: float = 15.0) -> None:
+    def __init__(self, address: str, security: Security | None = None, *, timeout: float = 10.0) -> None:
         from distributed import Client
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is said in our words
