@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.records import make_cell
 from turbo_eval import parse
+from turbo_eval.judge import judge_state
 
 LOGS = Path(__file__).parent / "data" / "logs"
 
@@ -59,6 +61,39 @@ def test_short_corpus_is_seen() -> None:
 
 def test_refused_type() -> None:
     assert parse.refusal(log("badtype")) == "Unsupported cache type: turbo3"
+
+
+def test_cuda_log() -> None:
+    """turbo3/turbo3 on one H100."""
+    text = log("cuda")
+    state = parse.parse_effective(text)
+    assert (state.k, state.v, state.kv_devices) == ("turbo3", "turbo3", ("CUDA0",))
+    assert (state.kv_mib, state.k_mib, state.v_mib, state.kv_layers) == (9.14, 4.57, 4.57, 30)
+    assert (state.layers_offloaded, state.layers, state.graph_splits) == (31, 31, 2)
+    assert state.devices == ("CUDA0 (NVIDIA H100 80GB HBM3)",)
+    assert (state.flash_attn, state.rot_k, state.rot_v) == (True, True, True)
+    assert parse.parse_ppl(text).running == (14.9479, 25.2945)
+    assert judge_state(make_cell("turbo3:turbo3", backend="cuda", anchor="auto"), state) is None
+
+
+def test_attention_that_cuda_left_to_the_cpu() -> None:
+    """Unpatched llama.cpp on the same card: it prints a perplexity and says nothing of the detour."""
+    text = log("cuda-fallback")
+    state = parse.parse_effective(text)
+    assert (state.layers_offloaded, state.layers, state.kv_devices) == (31, 31, ("CUDA0",))
+    assert (state.graph_splits, state.kv_layers) == (62, 30)
+    verdict = judge_state(make_cell("iq4_nl:iq4_nl", backend="cuda"), state)
+    assert verdict is not None and verdict[0] == "cpu-fallback"
+    assert parse.parse_ppl(text).ppl == 22.1361
+
+
+def test_pair_without_a_kernel() -> None:
+    said = parse.refusal(log("cuda-refused"))
+    assert said is not None
+    assert said.startswith(
+        "CUDA0 has no Flash Attention kernel for a KV cache with K type iq4_nl and V type turbo3"
+        " and head size 64 (layer 0): "
+    )
 
 
 def test_nan_is_read_as_nan() -> None:

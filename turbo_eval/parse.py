@@ -169,6 +169,7 @@ _REFUSALS = (
     re.compile(r"[KV] cache type \S+ with block size \d+ does not divide n_embd_head_[kv]=\d+"),
     re.compile(r"V cache quantization requires flash_attn.*"),
     re.compile(r"quantized V cache (?:was requested|requires).*", re.I),
+    re.compile(r"\S+ has no Flash Attention kernel for a KV cache with .*"),
     re.compile(r"error: invalid argument: \S+"),
     re.compile(r"Unsupported cache type: \S+"),
     re.compile(r"^.*(?:no kernel|not supported|unsupported).*(?:turbo|cache|pair|K/V).*$", re.I | re.M),
