@@ -71,10 +71,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """This checkout packed, and installed into an empty virtual environment elsewhere: some minutes."""
     folder = tmp_path_factory.mktemp("installed")
     dist, venv = folder / "dist", folder / "venv"
-    for command in (
-        [sys.executable, "-m", "build", "--outdir", dist, paths.shipped()],
-        [sys.executable, "-m", "venv", venv],
-    ):
+    pack = [sys.executable, "-m", "build", "--outdir", str(dist), str(paths.shipped())]
+    for command in (pack, [sys.executable, "-m", "venv", str(venv)]):
         subprocess.run(command, check=True, capture_output=True)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     python = venv / "bin" / "python"
