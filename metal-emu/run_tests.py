@@ -32,8 +32,8 @@ HERE = Path(__file__).resolve().parent
 STEPS = ("crosscheck", "ops", "pairs", "controls", "model")
 
 # The whole-model step. How far the device's logits may be (mean KL divergence, nats) from the CPU's for these
-# pairs, and from the CPU's with exact attention for all; how far a turbo pair's divergence from f16 may be from
-# exact attention's, as a share of it.
+# pairs, and from the CPU's with exact attention for all; how far a turbo pair's divergence from f16 may be
+# from exact attention's, as a share of it.
 MODEL_FROM_CPU = {"f16/f16": 1e-4, "q8_0/q8_0": 1e-4}
 MODEL_FROM_EXACT = 2e-5
 MODEL_ALIKE = 0.02
