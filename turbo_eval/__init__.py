@@ -1,8 +1,15 @@
 """Build a pinned, patched llama.cpp and measure what K/V cache types cost."""
 
-from importlib.metadata import PackageNotFoundError, version
+__version__: str
 
-try:
-    __version__ = version("turbo-eval")
-except PackageNotFoundError:  # sources on the path, nothing installed
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> str:
+    """`__version__`, asked when it is wanted: reading package metadata is slow beside `--help`."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("turbo-eval")
+    except PackageNotFoundError:  # sources on the path, nothing installed
+        return "0+unknown"

@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import typer
 
-from turbo_eval import __version__
 from turbo_eval.errors import TurboEvalError
 
 # Order is the order in --help. A module is added here when it exists.
@@ -54,7 +53,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"turbo-eval {__version__} ({_made_for()})")
+        from turbo_eval.provenance import harness
+
+        print(f"turbo-eval {harness()} ({_made_for()})")
         raise typer.Exit
 
 

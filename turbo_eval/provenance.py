@@ -73,7 +73,7 @@ def collect(build: Build) -> Provenance:
         flags=build.flags,
         machine=machine(),
         packages=_packages(),
-        harness=_harness(),
+        harness=harness(),
     )
 
 
@@ -156,7 +156,8 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _harness() -> str:
+def harness() -> str:
+    """This turbo-eval: the version of the package, in a clone with the commit that is checked out."""
     release = __version__.partition("+")[0]
     root = paths.shipped()
     if not (root / ".git").exists():  # installed: the version says it all
