@@ -16,12 +16,13 @@ import pytest
 from turbo_eval import paths
 
 ARCH = "90"
-# One instance of the attention kernel (the others differ in types only), its host side, encoder, rotation.
+# One instance of the attention kernel (the others differ in types only), its host side, encoder, rotation, RoPE.
 FILES = (
     "template-instances/fattn-mma-q-instance-turbo3-turbo4.cu",
     "fattn-mma-q.cu",
     "set-rows.cu",
     "fwht.cu",
+    "rope.cu",
 )
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")
 PROBE = "#include <cublas_v2.h>\n"
