@@ -16,7 +16,7 @@ import pytest
 from turbo_eval import paths
 
 ARCH = "90"
-# One instance of the attention kernel (the others differ in types only), its host side, encoder, rotation, RoPE.
+# One instance of the attention kernel (the others differ in types only), its host side, encoder, rotations.
 FILES = (
     "template-instances/fattn-mma-q-instance-turbo3-turbo4.cu",
     "fattn-mma-q.cu",
