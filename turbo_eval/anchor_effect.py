@@ -41,13 +41,16 @@ def effects(records: Sequence[Record], on: str = "auto") -> list[Effect]:
         on: the anchor that counts as on, as asked for: "auto", "on" or a file.
     """
     groups: dict[tuple[str, int, int, str, str, str], dict[str, Record]] = {}
+    exact: dict[tuple[str, int, int, str], float | None] = {}
     for record in records:
         cell = record.cell
         if record.ok and cell.metric == "kld" and record.kld is not None and cell.anchor in ("off", on):
             key = (record.machine, cell.ctx, cell.chunks, cell.model, cell.k, cell.v)
             groups.setdefault(key, {})[cell.anchor] = record  # later ones on record replace earlier
+            if (cell.k, cell.v, cell.anchor) == ("f16", "f16", "off"):
+                exact[key[:4]] = record.ppl
     found = []
-    for (_, ctx, chunks, model, k, v), states in groups.items():
+    for (machine, ctx, chunks, model, k, v), states in groups.items():
         off, held = states.get("off"), states.get(on)
         some = held or off
         assert some is not None and some.kld is not None
@@ -59,7 +62,8 @@ def effects(records: Sequence[Record], on: str = "auto") -> list[Effect]:
                 k=k,
                 v=v,
                 k_bits=some.bpv_k,
-                ppl_base=some.kld.ppl_base,
+                # the base logits are kept in 16 bits: what is computed from them is not quite the same
+                ppl_base=exact.get((machine, ctx, chunks, model), some.kld.ppl_base),
                 ppl_off=off.ppl if off else None,
                 ppl_on=held.ppl if held else None,
                 kld_off=off.kld.mean if off and off.kld else None,
@@ -90,37 +94,36 @@ def table(found: Sequence[Effect]) -> str:
 
 
 def plot(found: Sequence[Effect]) -> Figure:
-    """Two panels, logarithmic: PPL over that of f16, and KLD; off and on side by side by pair."""
+    """PPL relative to f16's (above) and mean KLD (below), off and on: a column a model, logarithmic."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 1.1 * len(found) + 2), 6.4), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    at = np.arange(len(found))
-    nothing = float("nan")
-    series = {
-        "anchor off": (
-            [_ratio(e.ppl_off, e.ppl_base) for e in found],
-            [e.kld_off or nothing for e in found],
-            -0.2,
-        ),
-        "anchor on": (
-            [_ratio(e.ppl_on, e.ppl_base) for e in found],
-            [e.kld_on or nothing for e in found],
-            0.2,
-        ),
-    }
-    for name, (ratios, klds, shift) in series.items():
-        upper.bar(at + shift, ratios, 0.38, label=name, bottom=1.0)
-        lower.bar(at + shift, klds, 0.38, label=name)
-    upper.set_yscale("log")
-    lower.set_yscale("log")
-    upper.set_ylabel("PPL / PPL of f16")
-    lower.set_ylabel("mean KLD from f16 (nats)")
-    upper.legend()
-    lower.set_xticks(at, [f"{e.model}\n{e.k}/{e.v}" for e in found], rotation=60, ha="right", fontsize=8)
+    found = [e for e in found if (e.k, e.v) != ("f16", "f16")]
+    settings = list(dict.fromkeys((e.model, e.ctx, e.chunks) for e in found))
+    width = max(6.0, 0.75 * len(found) + 1.5)
+    figure = Figure(figsize=(width, 6.0), layout="constrained")
+    counts = [sum((e.model, e.ctx, e.chunks) == s for e in found) for s in settings]
+    grid = figure.subplots(
+        2, len(settings), sharex="col", sharey="row", squeeze=False, width_ratios=counts or [1]
+    )
+    for column, setting in enumerate(settings):
+        own = [e for e in found if (e.model, e.ctx, e.chunks) == setting]
+        place = np.arange(len(own))
+        for shift, label, state in ((-0.2, "anchor off", "off"), (0.2, "anchor on", "on")):
+            ppl = [_ratio(getattr(e, f"ppl_{state}"), e.ppl_base) for e in own]
+            kld = [getattr(e, f"kld_{state}") or np.nan for e in own]
+            grid[0][column].bar(place + shift, ppl, 0.38, label=label)
+            grid[1][column].bar(place + shift, kld, 0.38, label=label)
+        grid[0][column].set_title(f"{setting[0]}, {setting[1]} × {setting[2]}", fontsize=10)
+        grid[1][column].set_xticks(place, [f"{e.k}/{e.v}" for e in own], rotation=40, ha="right", fontsize=8)
+        for axes in (grid[0][column], grid[1][column]):
+            axes.set_yscale("log")
+            axes.grid(axis="y", alpha=0.3)
+    if settings:
+        grid[0][0].set_ylabel("PPL / PPL of f16")
+        grid[1][0].set_ylabel("mean KLD from f16 [nats]")
+        grid[0][0].legend(fontsize=9)
     return figure
 
 
-def _ratio(ppl: float | None, base: float | None) -> float:
-    """Height of a bar that starts at 1."""
-    return ppl / base - 1.0 if ppl and base else float("nan")
+def _ratio(value: float | None, base: float | None) -> float:
+    return value / base if value and base else float("nan")
