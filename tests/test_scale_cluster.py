@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -457,6 +458,25 @@ def test_a_plain_scheduler_that_others_can_reach_must_be_wanted(tmp_path: Path) 
         while not file.exists():
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_a_timer_of_dask_does_not_hide_the_workers(lab: Lab) -> None:
+    """Dask's client refreshes what it knows every two seconds, and leaves the workers out."""
+    lab.worker(seconds=0.02)
+    cluster = lab.cluster()
+    client, over = cluster._client, threading.Event()
+
+    def refresh() -> None:
+        while not over.is_set():
+            client.sync(client._update_scheduler_info)
+
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    try:
+        assert all(len(cluster.members()) == 1 for _ in range(300))
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_nothing_listens_but_dask_itself(lab: Lab) -> None:

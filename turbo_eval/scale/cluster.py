@@ -98,7 +98,9 @@ class Cluster:
         """
         self._require_scheduler()
         try:
-            workers = self._client.scheduler_info(n_workers=-1).get("workers")
+            # Not scheduler_info(): that reads a cache which a timer fills without the workers.
+            scheduler: Any = self._client.scheduler
+            workers = self._client.sync(scheduler.identity, n_workers=-1).get("workers")
         except (OSError, TimeoutError, RuntimeError):
             workers = None
         if workers is None:  # the connection is down; Dask tries to get it back, and then says so
