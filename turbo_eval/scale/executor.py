@@ -251,9 +251,7 @@ class _Run:
             self._release(self.transfers.pop(key))
             self.cluster.cancel(key)
         if worker.state == "welcome":
-            running = [f.number for f in self.flights.values() if f.began == address]
-            words = f"; it ran cell {running[0] + 1}" if running else ""
-            self.reporter.note(f"worker {address} is gone{words}")
+            self.reporter.note(f"worker {address} is gone")
         machine = worker.member.machine()
         if not any(w.member.machine() == machine and w.state != "refused" for w in self.workers.values()):
             self.placement.release(machine)
@@ -385,8 +383,10 @@ class _Run:
             where = str(message.get("worker"))
             again = bool(flight.began) and flight.began != where
             flight.began = where
-            if again and self._gave_up(str(message["ticket"]), flight):
-                return
+            if again:
+                if self._gave_up(str(message["ticket"]), flight):
+                    return
+                self.reporter.note(f"cell {flight.number + 1} runs again: its worker was lost")
             self.reporter.begin(flight.number, job)
         elif message.get("event") == "progress":
             self.reporter.progress(flight.number, *_progress(message))
@@ -503,7 +503,7 @@ class _Run:
         del self.flights[key]
         flight.lock.close()
         if flight.began:
-            self.reporter.note(f"cell {flight.number + 1} is given back ({reason})")
+            self.reporter.note(f"cell {flight.number + 1} runs again: {reason}")
         self.placement.give_back(flight.number)
 
     def _give_up(self, key: str, flight: _Flight) -> None:
