@@ -8,6 +8,7 @@ import pytest
 
 from tests.records import make_cell
 from turbo_eval.judge import judge_numbers, judge_state
+from turbo_eval.metrics.perplexity import allowed_pct
 from turbo_eval.parse import PplText, parse_ppl
 from turbo_eval.record import Effective
 
@@ -121,3 +122,9 @@ def test_no_final_estimate() -> None:
 def test_good_numbers_pass() -> None:
     good = PplText(9.2, 0.1, (9.1, 9.2, 9.3, 9.2), 4, None)
     assert judge_numbers(make_cell(), "", good) is None
+
+
+def test_what_two_paths_may_differ_by() -> None:
+    assert allowed_pct(2, 0.0, 510) == allowed_pct(2, 0.0016, 510) == 2
+    assert allowed_pct(2, 0.1044, 510) == pytest.approx(8.96, abs=0.01)
+    assert allowed_pct(2, 0.1044, 8 * 510) == pytest.approx(3.08, abs=0.01), "more text, less noise"

@@ -31,7 +31,8 @@ class DecodeSpec(_Strict):
 
     Attributes:
         chunks: how many chunks; taken from the start of the corpus, as in the batched cell.
-        bound_pct: largest allowed |PPL(ubatch 1) / PPL(batched) − 1|, in percent.
+        bound_pct: largest allowed |PPL(ubatch 1) / PPL(batched) − 1|, in percent; more where the pair's
+            KL divergence is on record and explains more.
             Any difference in rounding is amplified by the 8-bit quantization of activations: exact
             f16 caches differ by 1 to 2 % over 127 tokens, 0.2 % over 254 (SmolLM2, CPU).
     """

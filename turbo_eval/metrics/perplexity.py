@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,16 @@ def conclude(cell: Cell, outcome: Outcome, run_info: Run, bench: Bench) -> Recor
     )
 
 
+def allowed_pct(bound: float, kld: float, tokens: int) -> float:
+    """Percent by which the perplexities of two paths may differ: `bound`, or what quantization explains.
+
+    Another order of rounding flips codes, and the two caches drift apart as if each were noise of its
+    own. A small KL divergence is half the variance of a token's log-probability against f16, so between
+    the two it is 4·KLD; three standard errors of the mean over `tokens` tokens are allowed.
+    """
+    return max(bound, 100 * math.expm1(3 * math.sqrt(4 * max(kld, 0.0) / tokens)))
+
+
 def _record(
     cell: Cell,
     verdict: judge.Verdict,
@@ -176,7 +187,10 @@ def _compare_decode(
     assert result.ppl is not None
     ppl_batched = batched.running_ppl[cell.chunks - 1]
     delta = 100 * (result.ppl / ppl_batched - 1)
-    bound = float(cell.options["bound_pct"])
+    beside = (store.load(reference) for reference in references(cell))
+    kld = next((r.kld.mean for r in beside if r is not None and r.ok and r.kld), 0.0)
+    scored = cell.chunks * (cell.ctx // 2 - 1)
+    bound = round(allowed_pct(float(cell.options["bound_pct"]), kld, scored), 4)
     decode = Decode(
         ppl_batched=ppl_batched, delta_pct=round(delta, 4), bound_pct=bound, batched_key=batched.key
     )
