@@ -55,7 +55,7 @@ def outcome(record: Record) -> str:
         return f"needle {record.needle.hits} of {record.needle.f16_hits}"
     parts = [f"PPL {record.ppl:.4f} ± {record.ppl_err:.4f}"]
     if record.kld:
-        parts.append(f"KLD {record.kld.mean:.5f}")
+        parts.append(f"KLD {record.kld.mean:z.5f}")
     if record.decode:
         parts.append(f"batched {record.decode.ppl_batched:.4f} ({record.decode.delta_pct:+.2f} %)")
     return ", ".join(parts)

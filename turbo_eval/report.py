@@ -16,7 +16,7 @@ from turbo_eval.store import writing
 from turbo_eval.table import Summary
 
 HEATS = (
-    ("kld", "KL divergence from f16 [nats]", "{:.4f}"),
+    ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),
     ("delta_pct", "ΔPPL to the baseline [%]", "{:+.2f}"),
 )
 
@@ -133,7 +133,7 @@ def _bench_cells(record: BenchRecord, among: Sequence[BenchRecord], records: Seq
     words = (
         UNVERIFIED
         if found is None
-        else f"PPL {found.ppl:.4f}" + (f", KLD {found.kld.mean:.5f}" if found.kld else "")
+        else f"PPL {found.ppl:.4f}" + (f", KLD {found.kld.mean:z.5f}" if found.kld else "")
     )
     names = (
         ("prefill_median", ".1f"),
@@ -158,7 +158,7 @@ def html_page(
         ("provenance", "Provenance"),
     ]
     body = ['<a class="skip" href="#main">Skip to the content</a>', "<header><h1>KV cache report</h1>"]
-    body.append(f"<p>{len(records)} records, {len(failures)} pairs without a number.</p>")
+    body.append(f"<p>{len(records)} records, pairs without a number: {len(failures)}.</p>")
     body.append("<nav aria-label='Sections'><ul>")
     body += [f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title in links]
     body.append("</ul></nav></header><main id='main'>")

@@ -177,7 +177,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
         if found is None:
             words = f"[yellow]{UNVERIFIED}[/yellow]"
         elif found.kld:
-            words = f"PPL {found.ppl:.4f}, KLD {found.kld.mean:.5f}"
+            words = f"PPL {found.ppl:.4f}, KLD {found.kld.mean:z.5f}"
         else:
             words = f"PPL {found.ppl:.4f}"
         cells = [_number(row[n], p) for n, p in (("prefill_median", 1), ("prefill_ratio", 3))]
