@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.divergence import Divergence, tool
 from turbo_eval.build import Build
 from turbo_eval.calibrate import TOOL, calibrate
 from turbo_eval.corpora import CorpusFile
@@ -34,42 +35,6 @@ def qwen() -> ModelFile:
 def _patched(build: Build) -> None:
     if not (build.bin_dir / TOOL).is_file():
         pytest.skip(f"the build in {build.bin_dir} has no {TOOL}")
-
-
-def tool(build: Build, name: str, *args: object, ok: bool = True, verbosity: int = 4) -> str:
-    argv = [str(build.tool(name)), *map(str, args), "--device", "none", "-fit", "off", "-t", "1"]
-    argv += ["--log-colors", "off", "--no-log-prefix", "--no-log-timestamps", "--verbosity", str(verbosity)]
-    done = subprocess.run(
-        argv,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=child_environment()[0],
-        timeout=600,
-    )
-    said = done.stdout + done.stderr
-    assert (done.returncode == 0) is ok, said[-2000:]
-    return said
-
-
-class Text:
-    """KL divergence from f16/f16 without anchor over a chunk of a text."""
-
-    def __init__(self, build: Build, model: Path, corpus: Path, folder: Path) -> None:
-        self._build = build
-        self._args = ["-m", model, "-f", corpus, "-c", "256", "--chunks", "1", "-fa", "on", "--no-warmup"]
-        self._base = folder / "base.kld"
-        self.run("f16", "off", kld=False)
-
-    def run(self, kind: str, anchor: str | Path, *, kld: bool = True) -> tuple[float, str]:
-        """Mean KLD in nats and the line on the anchor's state."""
-        args = [*self._args, "-ctk", kind, "-ctv", kind, "--kv-anchor", anchor]
-        args += ["--kl-divergence-base", self._base, *(["--kl-divergence"] if kld else [])]
-        said = tool(self._build, "llama-perplexity", *args)
-        state = re.search(r"^kv_anchor: .*$", said, re.M)
-        mean = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", said)
-        assert state
-        return float(mean[1]) if mean else float("nan"), state[0]
 
 
 def exact_weights(build: Build, model: ModelFile, folder: Path, kind: str) -> Path:
@@ -108,29 +73,29 @@ def calibration(
 @pytest.fixture(scope="module")
 def text(
     build: Build, exact_smollm: Path, prose: CorpusFile, tmp_path_factory: pytest.TempPathFactory
-) -> Text:
-    return Text(build, exact_smollm, prose.path, tmp_path_factory.mktemp("smollm"))
+) -> Divergence:
+    return Divergence(build, exact_smollm, prose.path, tmp_path_factory.mktemp("smollm"))
 
 
-def test_auto_is_off_without_a_quantized_k(text: Text) -> None:
+def test_auto_is_off_without_a_quantized_k(text: Divergence) -> None:
     kld, state = text.run("f16", "auto")
     assert state == "kv_anchor: auto -> off (K is not quantized)"
     assert abs(kld) <= 2e-6  # what the tool resolves
 
 
-def test_exact_on_a_model_without_bias(text: Text) -> None:
+def test_exact_on_a_model_without_bias(text: Divergence) -> None:
     kld, state = text.run("f16", "on")
     assert state.startswith("kv_anchor: on -> on (anchor: 0/30 layers, balance: 30/30 layers from weights")
     assert abs(kld) < 1e-5
 
 
-def test_exact_with_a_calibration_file(text: Text, calibration: Path) -> None:
+def test_exact_with_a_calibration_file(text: Divergence, calibration: Path) -> None:
     kld, state = text.run("f16", calibration)
     assert re.search(r"-> on \(anchor: 30/30 layers, balance: \d+/30 layers from file", state)
     assert abs(kld) < 1e-5
 
 
-def test_the_check_of_exactness_can_fail(text: Text) -> None:
+def test_the_check_of_exactness_can_fail(text: Divergence) -> None:
     kld, _ = text.run("bf16", "off")
     assert kld > 1e-5
 
@@ -194,7 +159,7 @@ def test_state_survives_saving_and_another_anchor_is_refused(
 def test_exact_on_a_model_with_bias(
     build: Build, exact_qwen: Path, prose: CorpusFile, tmp_path: Path
 ) -> None:
-    kld, state = Text(build, exact_qwen, prose.path, tmp_path).run("f16", "on")
+    kld, state = Divergence(build, exact_qwen, prose.path, tmp_path).run("f16", "on")
     assert "anchor: 24/24 layers, balance: 24/24 layers" in state
     assert abs(kld) < 1e-5
 
@@ -203,7 +168,7 @@ def test_exact_on_a_model_with_bias(
 def test_off_is_the_catastrophe_and_auto_the_cure(
     build: Build, qwen: ModelFile, prose: CorpusFile, tmp_path: Path
 ) -> None:
-    both = Text(build, qwen.path, prose.path, tmp_path)
+    both = Divergence(build, qwen.path, prose.path, tmp_path)
     off, _ = both.run("q4_0", "off")
     on, state = both.run("q4_0", "auto")
     assert "-> on" in state

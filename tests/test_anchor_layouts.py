@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.divergence import Divergence
 from tests.layouts import LAYOUTS, SOFTCAP, write_model
 from turbo_eval.build import Build
 from turbo_eval.calibrate import TOOL, calibrate
 from turbo_eval.corpora import CorpusFile, resolve_corpus
 from turbo_eval.models import resolve_model
-from turbo_eval.runner import child_environment
 
 pytestmark = pytest.mark.build
 
@@ -28,54 +27,34 @@ def text(prose: CorpusFile, tmp_path: Path) -> Path:
     return out
 
 
-class Comparison:
-    """KL divergence from an f32 cache without anchor and Flash Attention: nothing of it is rounded."""
+@pytest.fixture(autouse=True)
+def _patched(build: Build) -> None:
+    if not (build.bin_dir / TOOL).is_file():
+        pytest.skip(f"the build in {build.bin_dir} has no {TOOL}")
 
-    def __init__(self, build: Build, model: Path, text: Path, *args: str) -> None:
-        if not (build.bin_dir / TOOL).is_file():
-            pytest.skip(f"the build in {build.bin_dir} has no {TOOL}")
-        self._tool = build.tool("llama-perplexity")
-        self._args = ["-m", model, "-f", text, "-c", "256", "--chunks", "2", "--no-warmup", *args]
-        self._base = model.with_suffix(".kld")
-        self.run("f32", "off", "--kl-divergence-base", self._base)
 
-    def run(self, kind: str, anchor: str | Path, *args: str | Path) -> str:
-        attention = "off" if kind == "f32" else "on"
-        argv = [self._tool, *self._args, "-ctk", kind, "-ctv", kind, "-fa", attention, *args]
-        argv += ["--kv-anchor", anchor, "--device", "none", "-fit", "off", "-t", "1"]
-        argv += ["--verbosity", "4", "--log-colors", "off", "--no-log-prefix", "--no-log-timestamps"]
-        done = subprocess.run(
-            list(map(str, argv)), capture_output=True, text=True, env=child_environment()[0], timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout + done.stderr
-
-    def kld(self, kind: str, anchor: str | Path) -> tuple[float, str]:
-        """Mean KLD in nats and the line on the anchor's state."""
-        said = self.run(kind, anchor, "--kl-divergence", "--kl-divergence-base", self._base)
-        mean = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", said)
-        state = re.search(r"^kv_anchor: .*$", said, re.M)
-        assert mean and state, said[-2000:]
-        return float(mean[1]), state[0]
+def exactly(build: Build, model: Path, text: Path, *args: str) -> Divergence:
+    """From an f32 cache: nothing of it is rounded."""
+    return Divergence(build, model, text, model.parent, *args, base="f32", chunks=2)
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if not layout.qk_norm])
 def test_from_the_bias(build: Build, text: Path, tmp_path: Path, name: str) -> None:
-    compare = Comparison(build, write_model(LAYOUTS[name], tmp_path / "model.gguf"), text)
-    exact, state = compare.kld("f32", "on")
+    compare = exactly(build, write_model(LAYOUTS[name], tmp_path / "model.gguf"), text)
+    exact, state = compare.run("f32", "on")
     assert "-> on (anchor: 4/4 layers, balance: 4/4 layers from weights" in state
     assert abs(exact) <= RESOLVED
-    assert compare.kld("bf16", "off")[0] > RESOLVED, "a rounded key is seen"
-    off, _ = compare.kld("q4_0", "off")
-    on, state = compare.kld("q4_0", "auto")
+    assert compare.run("bf16", "off")[0] > RESOLVED, "a rounded key is seen"
+    off, _ = compare.run("q4_0", "off")
+    on, state = compare.run("q4_0", "auto")
     assert "auto -> on" in state
     assert on < 0.6 * off > 0.01
 
 
 @pytest.mark.parametrize("args", [("-b", "256"), ("-b", "512"), ("-b", "512", "--kv-unified")])
 def test_one_or_several_sequences(build: Build, text: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
-    compare = Comparison(build, write_model(LAYOUTS["qwen2"], tmp_path / "model.gguf"), text, *args)
-    assert abs(compare.kld("f32", "on")[0]) <= RESOLVED
+    compare = exactly(build, write_model(LAYOUTS["qwen2"], tmp_path / "model.gguf"), text, *args)
+    assert abs(compare.run("f32", "on")[0]) <= RESOLVED
 
 
 def test_from_a_file(build: Build, text: Path, tmp_path: Path) -> None:
@@ -83,11 +62,11 @@ def test_from_a_file(build: Build, text: Path, tmp_path: Path) -> None:
     model = write_model(LAYOUTS["gemma3, window, norm of K"], tmp_path / "model.gguf")
     file = tmp_path / "anchor.gguf"
     calibrate(resolve_model(str(model)), resolve_corpus(str(text)), build, file, ctx=256, chunks=2, threads=1)
-    exact, state = Comparison(build, model, text).kld("f32", file)
+    exact, state = exactly(build, model, text).run("f32", file)
     assert re.search(r"-> on \(anchor: 4/4 layers, balance: \d/4 layers from file", state)
     assert abs(exact) <= RESOLVED
 
 
 def test_off_where_a_constant_would_count(build: Build, text: Path, tmp_path: Path) -> None:
-    compare = Comparison(build, write_model(SOFTCAP, tmp_path / "model.gguf"), text)
-    assert compare.kld("q4_0", "on")[1] == "kv_anchor: on -> off (attention logit soft-capping)"
+    compare = exactly(build, write_model(SOFTCAP, tmp_path / "model.gguf"), text)
+    assert compare.run("q4_0", "on")[1] == "kv_anchor: on -> off (attention logit soft-capping)"
