@@ -224,8 +224,8 @@ class Run:
         """A whole model, its weights in f16, on the emulated device and on the CPU.
 
         All sides decode the same tokens and read the bytes of one cache: caches of their own drift apart
-        (docs/metal.md). The CPU backend rounds q to 8 bits before it multiplies with a quantized K, so it is
-        run a second time with attention in double: against that one the limits can be narrow.
+        (docs/metal.md). The CPU backend has roundings of its own in the attention, so it is run a second time
+        with attention in double: against that one the limits can be narrow.
         """
         if self.model_file is None or self.text is None:
             self.report("model", False, "needs --model and --text")

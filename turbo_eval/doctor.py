@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from turbo_eval import bindings, corpora, models, patches, paths, provenance, source, toolchain
 from turbo_eval import build as builds
-from turbo_eval import corpora, models, patches, paths, provenance, source, toolchain
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.git import git
 from turbo_eval.project import Project
@@ -173,7 +173,7 @@ def bindings_environment(build: builds.Build) -> dict[str, str]:
 
 def _bindings() -> Finding:
     """Which libllama does llama-cpp-python load? Asked in a process of its own: it may crash."""
-    section, name = "bindings", "llama-cpp-python"
+    section, name = "bindings", bindings.NAME
     try:
         have = version(name)
     except PackageNotFoundError:

@@ -15,11 +15,15 @@ from turbo_eval.table import Summary, summarize
 
 @dataclass
 class GateResult:
-    """Sentences by outcome. `incomplete` outweighs nothing: a regression that is seen is said."""
+    """Sentences by outcome, and the records they are about.
+
+    `incomplete` outweighs nothing: a regression that is seen is said.
+    """
 
     passed: list[str] = field(default_factory=list)
     regressions: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -32,7 +36,7 @@ class GateResult:
 def run_gate(spec: GateSpec, plan: Plan, store: Store) -> GateResult:
     """Judge the records of the plan's cells, which must be of this machine and this build."""
     result = GateResult()
-    records: list[Record] = []
+    records = result.records
     others = {r.cell.key_any_tree(): r for r in store.all()}
     for job in plan.jobs:
         record = store.load(job.cell)

@@ -60,7 +60,7 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
                 f"corpus {corpus.name} has {corpus.size} bytes, too few for two contexts of {ctx} tokens",
                 "take a longer text or a smaller --ctx",
             )
-    anchors = _anchors(spec, build)
+    anchors = check_anchors(spec.anchor, build)
     env = relevant_environment()
     jobs: list[Job] = []
     for name in spec.models:
@@ -117,19 +117,27 @@ def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
 _ANCHOR_MODES = ("auto", "on", "off")
 
 
-def _anchors(spec: SweepSpec, build: Build) -> tuple[str, ...]:
+def check_anchors(asked: tuple[str, ...] | None, build: Build) -> tuple[str, ...]:
+    """The anchors that were asked for; None: what the build does by itself.
+
+    Raises:
+        UsageError: the build has no anchor, or one is neither a mode nor a file.
+    """
     able = capabilities(build).kv_anchor
-    if spec.anchor is None:
+    if asked is None:
         return ("auto",) if able else ("off",)
-    for anchor in spec.anchor:
+    for anchor in asked:
         if anchor != "off" and not able:
             raise UsageError(
                 f"the build in {build.bin_dir} has no --kv-anchor, so anchor {anchor!r} cannot be run",
                 'use anchor "off" or the patched build',
             )
         if anchor not in _ANCHOR_MODES and not Path(anchor).is_file():
-            raise UsageError(f"anchor {anchor!r} is neither auto, on, off nor a file", "make the file first")
-    return spec.anchor
+            raise UsageError(
+                f"anchor {anchor!r} is not auto, on or off, and no file of that name is there",
+                "make the file first",
+            )
+    return asked
 
 
 def _cell(

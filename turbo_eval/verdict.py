@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from turbo_eval.config import GateSpec
 from turbo_eval.gate import GateResult
-from turbo_eval.record import Record
 from turbo_eval.table import by_setting, render_markdown, summarize
 
 
@@ -15,14 +14,14 @@ def mark(backend: str) -> str:
     return f"<!-- turbo-eval {backend} -->"
 
 
-def render_verdict(spec: GateSpec, outcome: GateResult, records: Sequence[Record]) -> str:
+def render_verdict(spec: GateSpec, outcome: GateResult) -> str:
     """Heading, a sentence for each check that is not met, the table, and the checks that pass folded away."""
     backend = spec.sweep.backend
     lines = [mark(backend), f"### turbo-eval on {backend}: {_headline(outcome)}", ""]
     lines += [f"- **FAIL** {_escaped(sentence)}" for sentence in outcome.regressions]
     lines += [f"- **incomplete** {_escaped(sentence)}" for sentence in outcome.incomplete]
     lines += [""] if outcome.regressions or outcome.incomplete else []
-    for _, group in by_setting(summarize(records, spec.sweep.baseline)):
+    for _, group in by_setting(summarize(outcome.records, spec.sweep.baseline)):
         lines += [render_markdown(group)]
     if outcome.passed:
         lines += [f"<details><summary>{_count(outcome.passed, 'check')} passed</summary>", ""]

@@ -60,7 +60,7 @@ def bench(
     from turbo_eval.errors import UsageError
     from turbo_eval.models import resolve_model
     from turbo_eval.paths import results_dir
-    from turbo_eval.plan import check_blocks
+    from turbo_eval.plan import check_anchors, check_blocks
     from turbo_eval.provenance import collect
     from turbo_eval.store import Store
     from turbo_eval.synthetic import parse_shape, synthetic_model
@@ -78,7 +78,7 @@ def bench(
     file = resolve_model(str(synthetic_model(parse_shape(synthetic))) if synthetic else model or "")
     for pair in wanted:
         check_blocks(file, pair)
-    able = capabilities(build).kv_anchor
+    anchors = check_anchors(tuple(o.split(anchor) or ()) or None, build)
     plan = BenchPlan(
         pairs=wanted,
         depths=_depths(depths),
@@ -87,11 +87,9 @@ def bench(
         reps=reps,
         threads=threads or os.cpu_count() or 1,
         backend=backend or "cpu",
-        anchors=_anchors(anchor) if able else (None,),
+        anchors=anchors if capabilities(build).kv_anchor else (None,),
         timeout=timeout,
     )
-    if anchor not in (None, "off") and not able:  # nothing to switch off is as good as off
-        raise UsageError(f"the build in {build.bin_dir} has no --kv-anchor", "use the patched build")
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
     records = run_bench(
@@ -132,16 +130,6 @@ def _depths(text: str) -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 0:
         raise UsageError(f"--depths {text!r} is no list of depths", "write it like 0,4096,16384")
-    return found
-
-
-def _anchors(text: str | None) -> tuple[str, ...]:
-    from turbo_eval.errors import UsageError
-
-    found = tuple(a.strip() for a in (text or "auto").split(",") if a.strip())
-    for anchor in found:
-        if anchor not in ("auto", "on", "off") and not Path(anchor).is_file():
-            raise UsageError(f"--anchor {anchor!r} is not auto, on or off, and no file of that name is there")
     return found
 
 

@@ -46,14 +46,12 @@ def gate(
     spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
     plan = make_plan(spec.sweep, build, download=False)
-    store = Store(results or results_dir(), machine().id)
-    outcome = run_gate(spec, plan, store)
+    outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id))
     if markdown is not None:
         from turbo_eval.verdict import render_verdict
 
-        records = [record for job in plan.jobs if (record := store.load(job.cell)) is not None]
         with atomic_write(markdown) as stream:
-            stream.write(render_verdict(spec, outcome, records).encode())
+            stream.write(render_verdict(spec, outcome).encode())
     for sentence in outcome.passed:
         print(f"pass        {sentence}")
     for sentence in outcome.incomplete:

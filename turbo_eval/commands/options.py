@@ -77,7 +77,8 @@ Insecure = Annotated[
 ]
 
 
-def _split(text: str | None) -> list[str] | None:
+def split(text: str | None) -> list[str] | None:
+    """The items of a comma-separated option; None if it was not given."""
     return [p.strip() for p in text.split(",") if p.strip()] if text is not None else None
 
 
@@ -93,10 +94,10 @@ def overrides(**given: Any) -> dict[str, Any]:
     data = {key: value for key, value in given.items() if value not in (None, [])}
     for key in lists:
         if key in data:
-            data[key] = _split(data[key])
+            data[key] = split(data[key])
     if "ctx" in data:
         try:
-            data["ctx"] = [int(c) for c in _split(data["ctx"]) or []]
+            data["ctx"] = [int(c) for c in split(data["ctx"]) or []]
         except ValueError:
             raise UsageError(f"--ctx {given['ctx']!r} is no number of tokens") from None
     return data

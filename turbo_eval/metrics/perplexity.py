@@ -178,17 +178,14 @@ def _compare_decode(
     cell: Cell, result: parse.PplText, store: Store
 ) -> tuple[Decode | None, judge.Verdict | None]:
     """Perplexity through ubatch 1 against the batched run's after the same number of chunks."""
-    for reference in references(cell):
-        batched = store.load(reference)
-        if batched is not None and batched.ok and len(batched.running_ppl) >= cell.chunks:
-            break
-    else:
+    found = [record for reference in references(cell) if (record := store.load(reference)) and record.ok]
+    batched = next((record for record in found if len(record.running_ppl) >= cell.chunks), None)
+    if batched is None:
         return None, ("no-result", "there is no batched number of this pair to compare with")
     assert result.ppl is not None
     ppl_batched = batched.running_ppl[cell.chunks - 1]
     delta = 100 * (result.ppl / ppl_batched - 1)
-    beside = (store.load(reference) for reference in references(cell))
-    kld = next((r.kld.mean for r in beside if r is not None and r.ok and r.kld), 0.0)
+    kld = next((record.kld.mean for record in found if record.kld), 0.0)
     scored = cell.chunks * (cell.ctx // 2 - 1)
     bound = round(allowed_pct(float(cell.options["bound_pct"]), kld, scored), 4)
     decode = Decode(

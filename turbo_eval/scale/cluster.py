@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.scale import entry, guard
-from turbo_eval.scale.wire import TOPIC
+from turbo_eval.scale.wire import MACHINE, TOPIC
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -30,7 +30,7 @@ class Member:
 
     def machine(self) -> str:
         """The machine class it declares; "" for a worker that is none of ours."""
-        return next((n.removeprefix("machine:") for n in self.resources if n.startswith("machine:")), "")
+        return next((n.removeprefix(MACHINE) for n in self.resources if n.startswith(MACHINE)), "")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request `key` came to nothing: `reason`. `lost`: because its workers died."""
+    """The request `key` came to nothing: `reason`."""
 
     key: str
     reason: str
-    lost: bool
 
 
 @dataclass(frozen=True)
@@ -224,4 +223,4 @@ class Cluster:
 
 def _failed(key: str, error: BaseException | None) -> Failed:
     name = type(error).__name__ if error is not None else "cancelled"
-    return Failed(key, f"{name}: {error}" if error is not None else name, lost=name == "KilledWorker")
+    return Failed(key, f"{name}: {error}" if error is not None else name)

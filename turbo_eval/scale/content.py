@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +112,7 @@ class Content:
             stream.write(body)
         if offset + len(body) < need.size:
             return offset + len(body)
-        actual = sha256_of(part) if need.size else hashlib.sha256().hexdigest()
+        actual = sha256_of(part)
         if actual != need.sha256:
             part.unlink()
             raise RefusedError(

@@ -82,9 +82,14 @@ def scheduler_address(text: str) -> str:
     raise UsageError(f"{text!r} is no scheduler", _EXAMPLES)
 
 
+def host_of(address: str) -> str:
+    """The host in protocol://host:port."""
+    return address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+
+
 def is_loopback(address: str) -> bool:
     """Is it an address that only this machine reaches?"""
-    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    host = host_of(address)
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d+){3}", host))
 
 

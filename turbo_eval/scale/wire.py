@@ -10,6 +10,7 @@ from turbo_eval.provenance import Provenance
 from turbo_eval.record import Cell, Record
 
 TOPIC = "turbo-eval"  # of events: which cell began where, and how far it is
+MACHINE = "machine:"  # before a machine class's id: the name of the resource that stands for it
 CHUNK = 4 << 20  # bytes of a `Put`
 LOG_LIMIT = 4 << 20  # characters of a cell's log that travel back, from its end
 

@@ -29,9 +29,11 @@ from turbo_eval.provenance import Provenance, collect, gpus, machine
 from turbo_eval.runner import relevant_environment
 from turbo_eval.scale import entry, guard
 from turbo_eval.scale.content import Content, RefusedError
+from turbo_eval.scale.target import host_of
 from turbo_eval.scale.tree import matching_build
 from turbo_eval.scale.wire import (
     LOG_LIMIT,
+    MACHINE,
     REQUEST,
     TOPIC,
     Admit,
@@ -72,16 +74,11 @@ class Device:
         """As Dask schedules by them: a cell takes the device; the machine's id is a label."""
         return {
             self.backend: 1,
-            machine_label(self.machine): 1,
+            f"{MACHINE}{self.machine}": 1,
             "memory_gib": self.memory_gib,
             "gpus": 0 if self.backend == "cpu" else 1,
             **{f"feature:{name}": 1 for name in machine().features},
         }
-
-
-def machine_label(machine_id: str) -> str:
-    """The name of the resource that stands for a machine class."""
-    return f"machine:{machine_id}"
 
 
 def find_device(backend: str | None) -> Device:
@@ -354,7 +351,7 @@ async def serve(
 
 def _own_host(address: str) -> str | None:
     """Loopback if the scheduler is there, else what Dask finds to be this machine's address."""
-    host = address.split("://", 1)[-1].rsplit(":", 1)[0].strip("[]")
+    host = host_of(address)
     return host if host.startswith("127.") or host == "::1" else None
 
 
