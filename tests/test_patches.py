@@ -48,6 +48,13 @@ def test_refresh_names_files_after_subjects(patched: Toy) -> None:
     assert patches.refresh() == []
 
 
+def test_refresh_does_not_delete_the_whole_series(patched: Toy) -> None:
+    run("git", "checkout", "-q", "--detach", patched.pin, cwd=patched.worktree)
+    with pytest.raises(UsageError, match="delete the whole series"):
+        patches.refresh()
+    assert len(list(patched.patches.glob("*.patch"))) == 2
+
+
 def test_parent_and_submodule_stay_clean(patched: Toy) -> None:
     assert run("git", "status", "--porcelain", cwd=patched.root) == ""
     assert run("git", "rev-parse", "HEAD", cwd=patched.submodule).strip() == patched.pin

@@ -176,7 +176,7 @@ def refresh() -> list[str]:
     Files are named after the subject, without numbers, so that reordering touches `series` alone.
 
     Raises:
-        UsageError: uncommitted edits, fixup commits, merges, or two commits of one subject.
+        UsageError: uncommitted edits, fixup commits, merges, two commits of one subject, or none at all.
     """
     _require_clone()
     _require_source()
@@ -192,6 +192,11 @@ def refresh() -> list[str]:
             f"`git rebase --autosquash {pin[:12]}`",
         )
     exported = _export(worktree, pin)
+    if not exported and read_series():
+        raise UsageError(
+            f"{worktree} has no commits above the pin, which would delete the whole series",
+            "run `turbo-eval patches apply`, or check out the commits that are to be exported",
+        )
     changes: list[str] = []
     for name, content in exported.items():
         target = folder / name
