@@ -15,7 +15,7 @@ CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
 
-.PHONY: help setup source build-cpu build-metal build-cuda demo test check clean \
+.PHONY: help setup source build-cpu build-metal build-cuda demo test check golden clean \
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
@@ -63,6 +63,9 @@ test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for th
 	@build/cpu/bin/test-quantize-fns
 	@$(BIN)/python -m tests.turbo_ops
 	@$(BIN)/pytest
+
+golden: setup ## after a change of output on purpose: write tests/data/golden anew, then read the diff
+	@$(BIN)/python -m tests.golden
 
 patches-status: setup ## pin, series, and what build/src holds
 	@$(RUN) patches status
