@@ -61,11 +61,11 @@ check: setup ## what needs no compiler: ruff, mypy, patch series
 
 test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
 	@build/cpu/bin/test-quantize-fns
-	@$(BIN)/python -m tests.turbo_ops
+	@$(BIN)/python -m tests.kernels.turbo_ops
 	@$(BIN)/pytest
 
 golden: setup ## after a change of output on purpose: write tests/data/golden anew, then read the diff
-	@$(BIN)/python -m tests.golden
+	@$(BIN)/python -m tests.support.golden
 
 patches-status: setup ## pin, series, and what build/src holds
 	@$(RUN) patches status

@@ -11,11 +11,11 @@ from typing import NoReturn
 
 import pytest
 
-from turbo_eval import paths
-from turbo_eval.build import Build, find_build
-from turbo_eval.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.errors import TurboEvalError
-from turbo_eval.models import ModelFile, resolve_model
+from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
+from turbo_eval.inputs.models import ModelFile, resolve_model
+from turbo_eval.llama.build import Build, find_build
+from turbo_eval.util import paths
 
 
 def absent(error: TurboEvalError) -> NoReturn:

@@ -53,7 +53,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from turbo_eval.provenance import harness
+        from turbo_eval.records.provenance import harness
 
         print(f"turbo-eval {harness()} ({_made_for()})")
         raise typer.Exit
@@ -61,7 +61,7 @@ def _show_version(wanted: bool) -> None:
 
 def _made_for() -> str:
     """Which llama.cpp and which patches: what makes one turbo-eval build another tree than the next."""
-    from turbo_eval import patches, source
+    from turbo_eval.llama import patches, source
 
     series, digest = patches.read_series(), patches.series_sha256()
     return f"llama.cpp {source.shipped_pin()[:12]}, {len(series)} patches {digest[:12]}"

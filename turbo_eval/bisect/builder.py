@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turbo_eval import build as builds
-from turbo_eval import paths, toolchain
 from turbo_eval.bisect.history import History, UntestableError, bisect_dir, checkout
-from turbo_eval.build import Build
-from turbo_eval.download import atomic_write
-from turbo_eval.git import git
+from turbo_eval.inputs.download import atomic_write
+from turbo_eval.llama import build as builds
+from turbo_eval.llama import toolchain
+from turbo_eval.llama.build import Build
+from turbo_eval.util import paths
+from turbo_eval.util.git import git
 
 TARGET = "llama-perplexity"
 _ERROR = re.compile(r"(?:error:|CMake Error|ninja: error|fatal error).*", re.IGNORECASE)

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from turbo_eval.errors import UsageError
-from turbo_eval.record import Record
+from turbo_eval.records.record import Record
 
 # `baseline` is the number that the condition's first name has at the good revision; `f16` the
 # perplexity of f16:f16 at the same revision.

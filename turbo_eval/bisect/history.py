@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbo_eval import patches, paths, source
 from turbo_eval.errors import TurboEvalError, UsageError
-from turbo_eval.git import GitError, git
+from turbo_eval.llama import patches, source
+from turbo_eval.util import paths
+from turbo_eval.util.git import GitError, git
 
 
 def bisect_dir() -> Path:

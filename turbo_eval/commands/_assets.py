@@ -13,7 +13,7 @@ from turbo_eval.errors import TurboEvalError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from turbo_eval.registry import Entry
+    from turbo_eval.inputs.registry import Entry
 
 
 class Asset(Protocol):

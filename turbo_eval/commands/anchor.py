@@ -32,8 +32,8 @@ def bias(
     ctx: Annotated[int, typer.Option(help="Context in tokens, for the line in the plot.")] = 512,
     out: Out = None,
 ) -> None:
-    from turbo_eval import kbias
-    from turbo_eval.models import resolve_model
+    from turbo_eval.anchor import kbias
+    from turbo_eval.inputs.models import resolve_model
 
     biases = [kbias.read_kbias(resolve_model(name).path) for name in model]
     for found in biases:
@@ -49,26 +49,26 @@ def effect(
     on: Annotated[str, typer.Option(help="The anchor that counts as on, as asked for.")] = "auto",
     out: Out = None,
 ) -> None:
-    from turbo_eval import anchor_effect
+    from turbo_eval.anchor import effect
     from turbo_eval.errors import IncompleteError
-    from turbo_eval.paths import results_dir
-    from turbo_eval.store import read_all
+    from turbo_eval.records.store import read_all
+    from turbo_eval.util.paths import results_dir
 
-    found = anchor_effect.effects(read_all(results or [results_dir()]), on)
+    found = effect.effects(read_all(results or [results_dir()]), on)
     if not found:
         raise IncompleteError(
             "there are no KL-divergence records", 'run a sweep with metrics = ["kld"] and both anchor states'
         )
-    print(anchor_effect.table(found))
+    print(effect.table(found))
     if out:
-        _save(anchor_effect.plot(found), out)
+        _save(effect.plot(found), out)
 
 
 def _save(figure: object, out: Path) -> None:
     from matplotlib.figure import Figure
 
     from turbo_eval.errors import UsageError
-    from turbo_eval.store import writing
+    from turbo_eval.records.store import writing
 
     assert isinstance(figure, Figure)
     if out.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from turbo_eval.bench import BenchRecord
-    from turbo_eval.record import Record
+    from turbo_eval.bench.run import BenchRecord
+    from turbo_eval.records.record import Record
 
 
 def register(app: typer.Typer) -> None:
@@ -55,16 +55,16 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: .svg or .png.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.bench import BenchPlan, run_bench
-    from turbo_eval.cache_types import parse_pair
+    from turbo_eval.bench.run import BenchPlan, run_bench
     from turbo_eval.errors import UsageError
-    from turbo_eval.models import resolve_model
-    from turbo_eval.paths import results_dir
-    from turbo_eval.plan import check_anchors, check_blocks
-    from turbo_eval.provenance import collect
-    from turbo_eval.store import Store
-    from turbo_eval.synthetic import parse_shape, synthetic_model
-    from turbo_eval.tool import capabilities, check_types
+    from turbo_eval.formats.cache_types import parse_pair
+    from turbo_eval.inputs.models import resolve_model
+    from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
+    from turbo_eval.llama.tool import capabilities, check_types
+    from turbo_eval.records.provenance import collect
+    from turbo_eval.records.store import Store
+    from turbo_eval.sweep.plan import check_anchors, check_blocks
+    from turbo_eval.util.paths import results_dir
 
     if (model is None) == (synthetic is None):
         raise UsageError("name a model or a synthetic shape", "give --model or --synthetic, not both")
@@ -108,7 +108,7 @@ def bench(
 
         Console().print(speed_table(records, known))
     if plot is not None:
-        from turbo_eval.figures import save, speed_figure
+        from turbo_eval.analysis.figures import save, speed_figure
 
         save(speed_figure(records), plot)
     failed = [r for r in records if r.status != "ok"]
@@ -134,7 +134,7 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[str, object]]:
-    from turbo_eval.bench import UNVERIFIED, quality
+    from turbo_eval.bench.run import UNVERIFIED, quality
 
     rows: list[dict[str, object]] = []
     for record in records:
@@ -152,7 +152,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
     from rich import box
     from rich.table import Table
 
-    from turbo_eval.bench import UNVERIFIED, pair_label, quality
+    from turbo_eval.bench.run import UNVERIFIED, pair_label, quality
 
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     table = Table(*columns, box=box.SIMPLE_HEAD)

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
         Without a llama.cpp of its own, so nothing is compiled: it loads the libraries of our builds.
         """
-        from turbo_eval import bindings, source
+        from turbo_eval.llama import bindings, source
 
         made = bindings.install()
         if made or not quiet:

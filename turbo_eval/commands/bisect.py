@@ -64,9 +64,9 @@ def bisect(
     from turbo_eval.bisect import Bisection, Condition
     from turbo_eval.bisect.builder import Builder
     from turbo_eval.bisect.history import open_history, series_commits
-    from turbo_eval.cache_types import parse_pair
-    from turbo_eval.config import sweep_spec
     from turbo_eval.errors import UsageError
+    from turbo_eval.formats.cache_types import parse_pair
+    from turbo_eval.sweep.spec import sweep_spec
 
     condition = Condition(bad_if)
     pair = parse_pair(cell)

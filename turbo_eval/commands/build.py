@@ -42,10 +42,10 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval build cpu --no-patches
         """
-        from turbo_eval import build as builds
+        from turbo_eval.llama import build as builds
 
         if key:
-            from turbo_eval.provenance import machine
+            from turbo_eval.records.provenance import machine
 
             made_of = builds.stamp(backend, cuda_archs=cuda_archs, extra=option, patched=patched)
             print(f"{backend}-{machine().id}-{made_of[:20]}")

@@ -37,9 +37,9 @@ def calibrate(
     backend: o.Backend = None,
     bin_dir: o.BinDir = None,
 ) -> None:
-    from turbo_eval import calibrate as calibration
-    from turbo_eval.corpora import default_name, resolve_corpus
-    from turbo_eval.models import resolve_model
+    from turbo_eval.anchor import calibrate as calibration
+    from turbo_eval.inputs.corpora import default_name, resolve_corpus
+    from turbo_eval.inputs.models import resolve_model
 
     build = o.load_build(backend or "cpu", bin_dir)
     build.tool(calibration.TOOL)  # before anything is downloaded

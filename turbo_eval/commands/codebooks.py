@@ -25,9 +25,9 @@ def codebooks(
     from rich.console import Console
     from rich.table import Table
 
-    from turbo_eval.codebooks import CODEBOOKS, encode, gaussians, mse
-    from turbo_eval.codebooks import derive as derive_codebook
     from turbo_eval.errors import RegressionError
+    from turbo_eval.formats.codebooks import CODEBOOKS, encode, gaussians, mse
+    from turbo_eval.formats.codebooks import derive as derive_codebook
 
     table = Table("type", "bpv", "magnitudes", "MSE (2^20 unit Gaussians)", "rate-distortion limit")
     if derive:
@@ -55,5 +55,6 @@ def codebooks(
     if moved:
         raise RegressionError(
             f"the derivation of {', '.join(moved)} no longer gives the frozen codebook",
-            "compare turbo_eval/codebooks.py with the encoder in build/src/ggml/src/ggml-turbo-impl.h",
+            "compare turbo_eval/formats/codebooks.py with the encoder in"
+            " build/src/ggml/src/ggml-turbo-impl.h",
         )

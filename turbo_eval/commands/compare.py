@@ -38,8 +38,8 @@ def compare(
     b: Annotated[str, typer.Argument(help="Results of side B.")],
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.rich,
 ) -> None:
-    from turbo_eval.compare import compare as compare_sides
-    from turbo_eval.compare import read_side, render
+    from turbo_eval.analysis.compare import compare as compare_sides
+    from turbo_eval.analysis.compare import read_side, render
 
     result = compare_sides(read_side(a), read_side(b))
     if form is Form.markdown:

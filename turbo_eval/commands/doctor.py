@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from turbo_eval.doctor import Finding
+    from turbo_eval.setup.doctor import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -23,8 +23,8 @@ def register(app: typer.Typer) -> None:
 
         Exit code 4 when something is missing that a sweep on the CPU needs.
         """
-        from turbo_eval import doctor
         from turbo_eval.errors import EnvironmentProblem
+        from turbo_eval.setup import doctor
 
         findings = list(doctor.examine())
         if as_json:

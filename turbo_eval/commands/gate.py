@@ -35,20 +35,20 @@ def gate(
         typer.Option(help="Write verdict and table there, for a pull request.", show_default=False),
     ] = None,
 ) -> None:
-    from turbo_eval.config import load_gate
-    from turbo_eval.download import atomic_write
-    from turbo_eval.gate import run_gate
-    from turbo_eval.paths import results_dir
-    from turbo_eval.plan import make_plan
-    from turbo_eval.provenance import machine
-    from turbo_eval.store import Store
+    from turbo_eval.analysis.gate import run_gate
+    from turbo_eval.inputs.download import atomic_write
+    from turbo_eval.records.provenance import machine
+    from turbo_eval.records.store import Store
+    from turbo_eval.sweep.plan import make_plan
+    from turbo_eval.sweep.spec import load_gate
+    from turbo_eval.util.paths import results_dir
 
     spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
     plan = make_plan(spec.sweep, build, download=False)
     outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id))
     if markdown is not None:
-        from turbo_eval.verdict import render_verdict
+        from turbo_eval.analysis.verdict import render_verdict
 
         with atomic_write(markdown) as stream:
             stream.write(render_verdict(spec, outcome).encode())

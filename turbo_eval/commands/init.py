@@ -33,8 +33,8 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval init demo
         """
-        from turbo_eval.init import init
-        from turbo_eval.project import load
+        from turbo_eval.setup.init import init
+        from turbo_eval.util.project import load
 
         files = init(folder, patched=patched, package=package, force=force)
         settings = load(folder.expanduser().resolve()).settings

@@ -105,7 +105,7 @@ def overrides(**given: Any) -> dict[str, Any]:
 
 def merged(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The config file's sweep with the options laid over it."""
-    from turbo_eval.config import load_sweep_data
+    from turbo_eval.sweep.spec import load_sweep_data
 
     data = load_sweep_data(config) if config else {"name": "command line"}
     if "models" in given:
@@ -129,8 +129,8 @@ def load_spec(config: Path | None, given: dict[str, Any]) -> Any:
     Raises:
         UsageError: bad config, or neither a config nor pairs.
     """
-    from turbo_eval.config import sweep_spec
     from turbo_eval.errors import UsageError
+    from turbo_eval.sweep.spec import sweep_spec
 
     if config is None and not any(key in given for key in ("pairs", "k", "v")):
         raise UsageError("nothing to sweep", "give a config such as configs/demo.toml, or --pairs")
@@ -144,7 +144,7 @@ def load_build(backend: str, bin_dir: Path | None) -> Any:
         EnvironmentProblem: not built.
         UsageError: no llama.cpp in `bin_dir`.
     """
-    from turbo_eval.build import Build, find_build
+    from turbo_eval.llama.build import Build, find_build
 
     return Build.from_bin_dir(bin_dir) if bin_dir else find_build(backend)
 
@@ -158,8 +158,8 @@ def load_build_to_plan(backend: str, bin_dir: Path | None, *, remote: bool) -> A
     """
     from dataclasses import replace
 
-    from turbo_eval.build import BACKENDS, find_build
     from turbo_eval.errors import EnvironmentProblem
+    from turbo_eval.llama.build import BACKENDS, find_build
 
     try:
         return load_build(backend, bin_dir)

@@ -32,7 +32,7 @@ def status() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from turbo_eval import patches
+    from turbo_eval.llama import patches
 
     now = patches.status()
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -53,7 +53,7 @@ def apply(
     force: bool = typer.Option(False, "--force", help="Throw away edits that the series does not hold."),
 ) -> None:
     """Bring build/src to pin + series; the commit is the same on every machine."""
-    from turbo_eval import patches
+    from turbo_eval.llama import patches
 
     now = patches.apply(force=force)
     print(
@@ -64,7 +64,7 @@ def apply(
 @group.command()
 def refresh() -> None:
     """Write build/src's commits above the pin out as patches/ and its series."""
-    from turbo_eval import patches
+    from turbo_eval.llama import patches
 
     changes = patches.refresh()
     print("\n".join(changes) if changes else "nothing changed")
@@ -73,8 +73,8 @@ def refresh() -> None:
 @group.command()
 def check() -> None:
     """Is the series sound? Exit 1 and a sentence for each thing that isn't. Needs no compiler."""
-    from turbo_eval import patches
     from turbo_eval.errors import RegressionError
+    from turbo_eval.llama import patches
 
     problems = patches.check()
     for problem in problems:
@@ -94,8 +94,9 @@ def rebase(
 
     turbo-eval patches rebase b10234
     """
-    from turbo_eval import patches, paths
     from turbo_eval.errors import RegressionError
+    from turbo_eval.llama import patches
+    from turbo_eval.util import paths
 
     now = patches.rebase(revision)
     print(f"{len(now.patches)} patches now on {now.pin}")

@@ -39,10 +39,10 @@ def plan(
     from rich.table import Table
 
     from turbo_eval.metrics.base_logits import BaseLogits
-    from turbo_eval.paths import results_dir
-    from turbo_eval.plan import estimate_seconds, make_plan
-    from turbo_eval.provenance import machine
-    from turbo_eval.store import Store
+    from turbo_eval.records.provenance import machine
+    from turbo_eval.records.store import Store
+    from turbo_eval.sweep.plan import estimate_seconds, make_plan
+    from turbo_eval.util.paths import results_dir
 
     given = o.overrides(
         models=model,

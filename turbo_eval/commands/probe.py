@@ -50,8 +50,8 @@ def probe(
 ) -> None:
     import tempfile
 
-    from turbo_eval.corpora import default_name, resolve_corpus
-    from turbo_eval.models import resolve_model
+    from turbo_eval.inputs.corpora import default_name, resolve_corpus
+    from turbo_eval.inputs.models import resolve_model
     from turbo_eval.probe import Setup, compare, render, take
 
     setups = [Setup.parse(a), Setup.parse(b)]

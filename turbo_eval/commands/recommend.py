@@ -37,14 +37,14 @@ def recommend(
     bin_dir: o.BinDir = None,
     results: o.Results = None,
 ) -> None:
+    from turbo_eval.analysis.recommend import Bound
+    from turbo_eval.analysis.recommend import recommend as rank
+    from turbo_eval.analysis.table import by_setting, summarize
     from turbo_eval.errors import UsageError
-    from turbo_eval.models import resolve_model
-    from turbo_eval.paths import results_dir
-    from turbo_eval.provenance import collect
-    from turbo_eval.recommend import Bound
-    from turbo_eval.recommend import recommend as rank
-    from turbo_eval.store import Store
-    from turbo_eval.table import by_setting, summarize
+    from turbo_eval.inputs.models import resolve_model
+    from turbo_eval.records.provenance import collect
+    from turbo_eval.records.store import Store
+    from turbo_eval.util.paths import results_dir
 
     percent = _percent(max_delta_ppl)
     if max_kld is None and percent is None:
@@ -135,12 +135,12 @@ def _short_sweep(
     kld: bool,
 ) -> list[Any]:
     """Measure the usual pairs that the build knows."""
-    from turbo_eval.config import sweep_spec
-    from turbo_eval.plan import make_plan
-    from turbo_eval.progress import live
-    from turbo_eval.sweep import run_sweep
-    from turbo_eval.table import summarize
-    from turbo_eval.tool import capabilities
+    from turbo_eval.analysis.table import summarize
+    from turbo_eval.llama.tool import capabilities
+    from turbo_eval.sweep.plan import make_plan
+    from turbo_eval.sweep.progress import live
+    from turbo_eval.sweep.run import run_sweep
+    from turbo_eval.sweep.spec import sweep_spec
 
     known = capabilities(build).cache_types
     pairs = [p for p in SHORT if set(p.split(":")) <= known]

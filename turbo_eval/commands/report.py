@@ -24,12 +24,12 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
 ) -> None:
-    from turbo_eval import report as reports
-    from turbo_eval.bench import read_bench
+    from turbo_eval.analysis import report as reports
+    from turbo_eval.analysis.table import by_setting, summarize
+    from turbo_eval.bench.run import read_bench
     from turbo_eval.errors import IncompleteError
-    from turbo_eval.paths import results_dir
-    from turbo_eval.store import read_all
-    from turbo_eval.table import by_setting, summarize
+    from turbo_eval.records.store import read_all
+    from turbo_eval.util.paths import results_dir
 
     places = results or [results_dir()]
     records = read_all(places)

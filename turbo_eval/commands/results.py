@@ -11,7 +11,7 @@ import typer
 from turbo_eval.commands import options as o
 
 if TYPE_CHECKING:
-    from turbo_eval.record import Record
+    from turbo_eval.records.record import Record
 
 results_app = typer.Typer(no_args_is_help=True, help="List, prune and export what is on record.")
 
@@ -26,7 +26,7 @@ def list_(results: o.Results = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from turbo_eval.progress import outcome
+    from turbo_eval.sweep.progress import outcome
 
     table = Table("key", "model", "K/V", "metric", "ctx", "chunks", "tree", "started", "outcome", box=None)
     for record in _records(results):
@@ -54,9 +54,9 @@ def prune(
     turbo-eval results prune --keep-tree 3f2a91 --unreadable
     """
     from turbo_eval.errors import IncompleteError, UsageError
-    from turbo_eval.paths import results_dir
-    from turbo_eval.record import read_record
-    from turbo_eval.store import record_files
+    from turbo_eval.records.record import read_record
+    from turbo_eval.records.store import record_files
+    from turbo_eval.util.paths import results_dir
 
     if not (failed or keep_tree or unreadable):
         raise UsageError("nothing to prune was named", "give --failed, --keep-tree or --unreadable")
@@ -93,7 +93,7 @@ def export(
     turbo-eval results export all.parquet
     """
     from turbo_eval.errors import EnvironmentProblem, UsageError
-    from turbo_eval.store import writing
+    from turbo_eval.records.store import writing
 
     rows = [_flat(record) for record in _records(results)]
     if out.suffix not in (".csv", ".parquet", ".json"):
@@ -119,14 +119,14 @@ def export(
 @results_app.command()
 def schema() -> None:
     """The JSON schema of a record, as published in docs/record.schema.json."""
-    from turbo_eval.record import json_schema
+    from turbo_eval.records.record import json_schema
 
     print(json_schema(), end="")
 
 
 def _records(results: Path | None) -> list[Record]:
-    from turbo_eval.paths import results_dir
-    from turbo_eval.store import read_all
+    from turbo_eval.records.store import read_all
+    from turbo_eval.util.paths import results_dir
 
     return read_all([results or results_dir()])
 

@@ -35,8 +35,8 @@ def selftest(
     from rich.console import Console
     from rich.markup import escape
 
-    from turbo_eval.build import BACKENDS
     from turbo_eval.errors import UsageError
+    from turbo_eval.llama.build import BACKENDS
     from turbo_eval.selftest import Selftest
     from turbo_eval.selftest.checks import all_checks
 

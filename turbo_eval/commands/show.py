@@ -10,7 +10,7 @@ import typer
 from turbo_eval.commands import options as o
 
 if TYPE_CHECKING:
-    from turbo_eval.record import Record
+    from turbo_eval.records.record import Record
 
 
 def register(app: typer.Typer) -> None:
@@ -32,9 +32,9 @@ def show(
     from rich.table import Table
 
     from turbo_eval.errors import UsageError
-    from turbo_eval.paths import results_dir
-    from turbo_eval.record import read_record
-    from turbo_eval.store import record_files
+    from turbo_eval.records.record import read_record
+    from turbo_eval.records.store import record_files
+    from turbo_eval.util.paths import results_dir
 
     root = results or results_dir()
     files = [p for p in record_files([root]) if p.name.split(".")[-2].startswith(key)]

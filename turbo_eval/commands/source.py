@@ -25,7 +25,8 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval source --sdist
         """
-        from turbo_eval import paths, source
+        from turbo_eval.llama import source
+        from turbo_eval.util import paths
 
         if sdist_path:
             print(source.ensure_sdist())

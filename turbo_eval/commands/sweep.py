@@ -14,10 +14,10 @@ import typer
 from turbo_eval.commands import options as o
 
 if TYPE_CHECKING:
-    from turbo_eval.plan import Plan
-    from turbo_eval.provenance import Provenance
+    from turbo_eval.records.provenance import Provenance
     from turbo_eval.scale.target import Target, TlsFiles
-    from turbo_eval.sweep import Reporter, SweepResult
+    from turbo_eval.sweep.plan import Plan
+    from turbo_eval.sweep.run import Reporter, SweepResult
 
 
 def register(app: typer.Typer) -> None:
@@ -67,12 +67,12 @@ def sweep(
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell, on record or not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.paths import results_dir
-    from turbo_eval.plan import make_plan
-    from turbo_eval.progress import live
-    from turbo_eval.provenance import collect
+    from turbo_eval.analysis.table import by_setting, json_rows, render_rich, summarize
+    from turbo_eval.records.provenance import collect
     from turbo_eval.scale.target import TlsFiles, parse_target
-    from turbo_eval.table import by_setting, json_rows, render_rich, summarize
+    from turbo_eval.sweep.plan import make_plan
+    from turbo_eval.sweep.progress import live
+    from turbo_eval.util.paths import results_dir
 
     target = parse_target(scheduler, jobs)
     spec = o.load_spec(
@@ -130,9 +130,9 @@ def sweep(
 
 def _here(plan: Plan, provenance: Provenance, root: Path, reporter: Reporter, fresh: bool) -> SweepResult:
     """One cell after the other, in this process."""
-    from turbo_eval.runner import seconds_in_children
-    from turbo_eval.store import Store
-    from turbo_eval.sweep import run_sweep
+    from turbo_eval.records.store import Store
+    from turbo_eval.sweep.run import run_sweep
+    from turbo_eval.util.process import seconds_in_children
 
     store = Store(root, provenance.machine.id)
     began, before = time.monotonic(), seconds_in_children()

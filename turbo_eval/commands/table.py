@@ -49,11 +49,11 @@ def table(
     baseline: o.Baseline = None,
     matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
-    from turbo_eval import table as tables
-    from turbo_eval.cache_types import parse_pair
+    from turbo_eval.analysis import table as tables
     from turbo_eval.errors import IncompleteError
-    from turbo_eval.paths import results_dir
-    from turbo_eval.store import read_all
+    from turbo_eval.formats.cache_types import parse_pair
+    from turbo_eval.records.store import read_all
+    from turbo_eval.util.paths import results_dir
 
     records = read_all(results or [results_dir()])
     if not records:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.paths import cache_dir
-from turbo_eval.record import Cell, Record
-from turbo_eval.store import writing
-from turbo_eval.tool import perplexity_argv
+from turbo_eval.llama.tool import perplexity_argv
+from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.store import writing
+from turbo_eval.util.paths import cache_dir
 
 if TYPE_CHECKING:
     from turbo_eval.metrics.perplexity import Bench, OnProgress
-    from turbo_eval.plan import Job
+    from turbo_eval.sweep.plan import Job
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")

@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from turbo_eval import bindings, judge, parse
+from turbo_eval.llama import bindings, output
+from turbo_eval.metrics import judge
 from turbo_eval.metrics.perplexity import Bench, OnProgress
-from turbo_eval.plan import Job, references
-from turbo_eval.record import Cell, Greedy, Needle, Record, Run
-from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
+from turbo_eval.records.record import Cell, Greedy, Needle, Record, Run
+from turbo_eval.sweep.plan import Job, references
+from turbo_eval.util.process import Outcome, child_environment, relevant_environment, run
 
 WORKER = "turbo_eval.metrics.generation_worker"
 
@@ -97,13 +98,13 @@ def _follow(cell: Cell, on_progress: OnProgress) -> Any:
 
 
 def _conclude(cell: Cell, outcome: Outcome, info: Run, result: dict[str, Any] | None, bench: Bench) -> Record:
-    effective = parse.parse_effective(outcome.text)
+    effective = output.parse_effective(outcome.text)
     verdict = judge.judge_process(outcome, bench.timeout)
     # The context is the metric's own, not the cell's, so only the rest of the state is compared.
     state = effective.model_copy(update={"ctx": None})
     verdict = verdict or judge.judge_state(cell, state)
     if verdict is None and result is None:
-        verdict = ("no-result", parse.last_error(outcome.text) or "it wrote no result")
+        verdict = ("no-result", output.last_error(outcome.text) or "it wrote no result")
     greedy: Greedy | None = None
     needle: Needle | None = None
     if verdict is None and result is not None:

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbo_eval import judge, parse
-from turbo_eval.build import Build
+from turbo_eval.llama import output
+from turbo_eval.llama.build import Build
+from turbo_eval.llama.tool import perplexity_argv
+from turbo_eval.metrics import judge
 from turbo_eval.metrics.base_logits import BaseFailedError, BaseLogits
-from turbo_eval.plan import Job, references
-from turbo_eval.provenance import Provenance
-from turbo_eval.record import Cell, Decode, Effective, Record, Run, finite
-from turbo_eval.runner import Outcome, child_environment, relevant_environment, run
-from turbo_eval.store import Store
-from turbo_eval.tool import perplexity_argv
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.record import Cell, Decode, Effective, Record, Run, finite
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import Job, references
+from turbo_eval.util.process import Outcome, child_environment, relevant_environment, run
 
 # Called as work goes on: chunks done, chunks in all, running perplexity.
 OnProgress = Callable[[int, int | None, float | None], None]
@@ -75,7 +76,7 @@ def execute(
     """
     env, removed = child_environment()
     outcome = _follow(cell, argv, env, bench, log, on_progress)
-    if outcome.returncode == 0 and not outcome.stopped and parse.lost_its_end(outcome.text):
+    if outcome.returncode == 0 and not outcome.stopped and output.lost_its_end(outcome.text):
         outcome = _follow(cell, argv, env, bench, log, on_progress)
     info = Run(
         argv=tuple(argv),
@@ -95,7 +96,7 @@ def execute(
 def _follow(
     cell: Cell, argv: list[str], env: dict[str, str], bench: Bench, log: Path, on_progress: OnProgress
 ) -> Outcome:
-    scanner = parse.ProgressScanner()
+    scanner = output.ProgressScanner()
     seen: list[str] = []
 
     def follow(text: str) -> bool:
@@ -105,7 +106,7 @@ def _follow(
             return False
         on_progress(scanner.chunk, scanner.total, scanner.ppl)
         if seen:  # the start-up lines are complete
-            state = parse.parse_effective("".join(seen))
+            state = output.parse_effective("".join(seen))
             seen.clear()
             return judge.judge_state(cell, state) is not None
         return scanner.ppl is not None and not finite(scanner.ppl)
@@ -115,15 +116,15 @@ def _follow(
 
 def conclude(cell: Cell, outcome: Outcome, run_info: Run, bench: Bench) -> Record:
     """Text → record: process, then state, then numbers; the first fault is the status."""
-    result = parse.parse_ppl(outcome.text)
-    effective = parse.parse_effective(outcome.text)
+    result = output.parse_ppl(outcome.text)
+    effective = output.parse_effective(outcome.text)
     verdict = (
         judge.judge_process(outcome, bench.timeout)
         or judge.judge_state(cell, effective)
         or judge.judge_numbers(cell, outcome.text, result)
     )
     if verdict is None and cell.metric == "kld" and result.kld is None:
-        verdict = ("base-invalid", parse.last_error(outcome.text) or "no KL statistics were printed")
+        verdict = ("base-invalid", output.last_error(outcome.text) or "no KL statistics were printed")
     decode: Decode | None = None
     if verdict is None and cell.metric == "decode":
         decode, verdict = _compare_decode(cell, result, bench.store)
@@ -175,7 +176,7 @@ def _record(
 
 
 def _compare_decode(
-    cell: Cell, result: parse.PplText, store: Store
+    cell: Cell, result: output.PplText, store: Store
 ) -> tuple[Decode | None, judge.Verdict | None]:
     """Perplexity through ubatch 1 against the batched run's after the same number of chunks."""
     found = [record for reference in references(cell) if (record := store.load(reference)) and record.ok]

@@ -10,12 +10,12 @@ import numpy as np
 from gguf import GGUFReader
 from numpy.typing import NDArray
 
-from turbo_eval.build import BACKENDS, Build, find_build
-from turbo_eval.cache_types import cache_type
 from turbo_eval.errors import RegressionError, UsageError
-from turbo_eval.parse import last_error
-from turbo_eval.runner import child_environment, run
-from turbo_eval.tool import capabilities
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.llama.build import BACKENDS, Build, find_build
+from turbo_eval.llama.output import last_error
+from turbo_eval.llama.tool import capabilities
+from turbo_eval.util.process import child_environment, run
 
 TOOL = "llama-kv-probe"
 Array = NDArray[np.float32]

@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from turbo_eval.cache_types import CACHE_TYPES
+from turbo_eval.formats.cache_types import CACHE_TYPES
 from turbo_eval.probe.dump import Layer
 from turbo_eval.selftest import layout
 

@@ -20,15 +20,15 @@ from uuid import uuid4
 from pydantic import BaseModel, ValidationError
 
 from turbo_eval.errors import EnvironmentProblem, IncompleteError
-from turbo_eval.plan import Job, Plan, references
-from turbo_eval.provenance import Provenance
-from turbo_eval.record import Record, Run
-from turbo_eval.runner import relevant_environment
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.record import Record, Run
+from turbo_eval.records.store import Store
 from turbo_eval.scale.cluster import Answered, Cluster, Failed, Member, Said
 from turbo_eval.scale.placement import Group, Placement
 from turbo_eval.scale.wire import CHUNK, Admit, Admitted, Measure, Measured, Need, Put, Source, Stored
-from turbo_eval.store import Store
-from turbo_eval.sweep import InterruptedSweepError, Reporter, SweepResult
+from turbo_eval.sweep.plan import Job, Plan, references
+from turbo_eval.sweep.run import InterruptedSweepError, Reporter, SweepResult
+from turbo_eval.util.process import relevant_environment
 
 # Cells a worker is given at a time. One, so that none waits at a busy worker while another is idle; if
 # they are so short that fetching the next would be felt, some more. Bounded in any case, and with it

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import psutil
 
-from turbo_eval.build import Build
-from turbo_eval.config import sweep_spec
-from turbo_eval.corpora import CorpusFile
-from turbo_eval.gguf_info import GgufInfo
-from turbo_eval.models import ModelFile
-from turbo_eval.plan import Job, Plan
-from turbo_eval.provenance import Provenance, machine
-from turbo_eval.record import Cell, Record, Run
+from turbo_eval.inputs.corpora import CorpusFile
+from turbo_eval.inputs.gguf_info import GgufInfo
+from turbo_eval.inputs.models import ModelFile
+from turbo_eval.llama.build import Build
+from turbo_eval.records.provenance import Provenance, machine
+from turbo_eval.records.record import Cell, Record, Run
 from turbo_eval.scale.cluster import Cluster
 from turbo_eval.scale.executor import run_on_cluster
 from turbo_eval.scale.pool import scheduler, started
 from turbo_eval.scale.wire import Admit, Admitted, Measure, Measured
 from turbo_eval.scale.worker import Cells, find_device, serve
+from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.spec import sweep_spec
 
 _TREE = "simulated"
 

@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from turbo_eval.plan import comparison, references
-from turbo_eval.record import Cell
+from turbo_eval.records.record import Cell
+from turbo_eval.sweep.plan import comparison, references
 
 
 @dataclass

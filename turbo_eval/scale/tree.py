@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from turbo_eval import build as builds
-from turbo_eval import patches, source
-from turbo_eval.build import Build
 from turbo_eval.errors import TurboEvalError
+from turbo_eval.llama import build as builds
+from turbo_eval.llama import patches, source
+from turbo_eval.llama.build import Build
 from turbo_eval.scale.content import RefusedError
 from turbo_eval.scale.wire import Source
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from turbo_eval.provenance import Provenance
-from turbo_eval.record import Cell, Record
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.record import Cell, Record
 
 TOPIC = "turbo-eval"  # of events: which cell began where, and how far it is
 MACHINE = "machine:"  # before a machine class's id: the name of the resource that stands for it

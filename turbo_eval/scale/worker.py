@@ -18,15 +18,14 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
-from turbo_eval.build import Build
-from turbo_eval.cache_types import cache_type
-from turbo_eval.corpora import resolve_corpus
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError, UsageError
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.inputs.corpora import resolve_corpus
+from turbo_eval.inputs.models import resolve_model
+from turbo_eval.llama.build import Build
 from turbo_eval.metrics.perplexity import Bench, OnProgress
-from turbo_eval.models import resolve_model
-from turbo_eval.plan import Job
-from turbo_eval.provenance import Provenance, collect, gpus, machine
-from turbo_eval.runner import relevant_environment
+from turbo_eval.records.provenance import Provenance, collect, gpus, machine
+from turbo_eval.records.store import Store
 from turbo_eval.scale import entry, guard
 from turbo_eval.scale.content import Content, RefusedError
 from turbo_eval.scale.target import host_of
@@ -44,8 +43,9 @@ from turbo_eval.scale.wire import (
     Source,
     Stored,
 )
-from turbo_eval.store import Store
-from turbo_eval.sweep import measurer
+from turbo_eval.sweep.plan import Job
+from turbo_eval.sweep.run import measurer
+from turbo_eval.util.process import relevant_environment
 
 # A cell whose sweep is gone goes on for this long: the sweep, started again, may still want it.
 ORPHAN_SECONDS = 60.0

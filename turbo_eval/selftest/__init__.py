@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from turbo_eval.build import Build
 from turbo_eval.errors import EnvironmentProblem
-from turbo_eval.runner import child_environment
+from turbo_eval.llama.build import Build
 from turbo_eval.selftest.checks import all_checks
+from turbo_eval.util.process import child_environment
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from turbo_eval.cache_types import CACHE_TYPES
-from turbo_eval.codebooks import GROUP, Floats, encode, gaussians, lloyd_step, mse, scales
+from turbo_eval.formats.cache_types import CACHE_TYPES
+from turbo_eval.formats.codebooks import GROUP, Floats, encode, gaussians, lloyd_step, mse, scales
 from turbo_eval.selftest import layout
 from turbo_eval.selftest.ggml import Ggml, GgmlError
 from turbo_eval.selftest.layout import BOOKS

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbo_eval.cache_types import CACHE_TYPES
+from turbo_eval.formats.cache_types import CACHE_TYPES
 from turbo_eval.selftest.layout import BOOKS
 
 _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD

@@ -10,8 +10,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from turbo_eval.cache_types import CACHE_TYPES
-from turbo_eval.codebooks import CODEBOOKS, GROUP, Codebook, Floats, encode, scales
+from turbo_eval.formats.cache_types import CACHE_TYPES
+from turbo_eval.formats.codebooks import CODEBOOKS, GROUP, Codebook, Floats, encode, scales
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.uint8]

@@ -1,0 +1,146 @@
+"""bench: synthetic models on the real llama-bench, ratios, and the quality beside the speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.harness import Cli, one_sentence
+from tests.support.records import make_record, provenance
+from turbo_eval.bench.run import UNVERIFIED, BenchRecord, quality
+from turbo_eval.errors import UsageError
+from turbo_eval.inputs.corpora import CorpusFile
+from turbo_eval.inputs.gguf_info import read_gguf_info
+from turbo_eval.inputs.synthetic import Shape, parse_shape, synthetic_model
+from turbo_eval.llama.build import Build
+from turbo_eval.llama.tool import capabilities
+
+
+def bench_record(**changes: Any) -> BenchRecord:
+    values: dict[str, Any] = {
+        "key": "0" * 16,
+        "model": "tiny",
+        "model_sha256": "1" * 64,
+        "k": "q8_0",
+        "v": "turbo3",
+        "depth": 0,
+        "prompt": 32,
+        "gen": 8,
+        "backend": "cpu",
+        "threads": 1,
+        "anchor": "off",
+        "tree": "a" * 40,
+        "env": {},
+        "status": "ok",
+        "argv": (),
+        "started": "2026-01-01T00:00:00+00:00",
+        "provenance": provenance(),
+    }
+    return BenchRecord(**{**values, **changes})
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    # The machine is half as fast in the second round and a third in the third: the ratio doesn't move.
+    record = bench_record(decode=(110.0, 55.0, 36.0), decode_f16=(100.0, 50.0, 30.0))
+    assert record.decode_ratio == pytest.approx(1.1)
+    assert record.prefill_ratio is None
+
+
+def test_quality_only_of_the_same_cell() -> None:
+    own = make_record("q8_0:turbo3", 10.1)
+    assert quality(bench_record(), [make_record(), own]) == own
+    for other in (
+        make_record("q8_0:turbo3", 10.1, tree="b" * 40),
+        make_record("q8_0:turbo3", 10.1, anchor="auto"),
+        make_record("q8_0:turbo3", 10.1, model_sha256="9" * 64),
+        make_record("q8_0:turbo3", status="nan", detail="x"),
+        make_record("turbo3:turbo3", 10.1),
+    ):
+        assert quality(bench_record(), [other]) is None
+
+
+def test_shapes() -> None:
+    assert parse_shape("8b") == Shape()
+    assert parse_shape("8b,layers=4,weights=f16") == Shape(layers=4, weights="f16")
+    for bad in ("9b", "layers=many", "weights=q2_k", "8b,heads=30", "8b,head_dim=20,heads=1,kv_heads=1"):
+        with pytest.raises(UsageError):
+            parse_shape(bad)
+
+
+@pytest.mark.parametrize("weights", ["q4_0", "q8_0", "f16"])
+def test_synthetic_model_has_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    monkeypatch.setenv("TURBO_EVAL_CACHE", str(tmp_path))
+    shape = parse_shape(f"tiny,weights={weights}")
+    path = synthetic_model(shape)
+    info = read_gguf_info(path)
+    assert (info.n_layer, info.n_head, info.n_head_kv) == (2, 4, 2)
+    assert (info.head_dim_k, info.head_dim_v, info.n_ctx_train) == (64, 64, 8192)
+    first = path.read_bytes()
+    path.unlink()
+    assert synthetic_model(shape).read_bytes() == first, "it is seeded"
+
+
+def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = [
+        *("bench", "--synthetic", "tiny", "--pairs", "q8_0:q8_0,q4_0:q5_0", "--depths", "0,256"),
+        *("--prompt", "16", "--gen", "4", "--reps", "2", "--threads", "1", "--json"),
+    ]
+    done = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results, "--plot", tmp_path / "p.svg")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(r["k"], r["v"], r["depth"]) for r in found] == [
+        (k, v, d) for d in (0, 256) for k, v in (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q5_0"))
+    ]
+    for row in found:
+        assert row["status"] == "ok"
+        assert (row["effective_k"], row["effective_v"]) == (row["k"], row["v"])
+        assert len(row["prefill"]) == len(row["decode"]) == 2 and min(row["prefill"] + row["decode"]) > 0
+        assert row["warning"] == UNVERIFIED and row["ppl"] is None
+    assert found[0]["decode_ratio"] == 1
+    said = [line.split(": ")[0] for line in done.stderr.splitlines() if line.startswith("depth 0")]
+    assert said == [
+        f"depth 0 round {n}/2 {pair}" for n in (1, 2) for pair in ("f16/f16", "q8_0/q8_0", "q4_0/q5_0")
+    ], "the rounds are interleaved"
+    assert (tmp_path / "p.svg").read_text().count("q4_0/q5_0") >= 1
+    assert cli.run("table", cli.results).returncode == 3, "benchmarks are no quality records"
+
+
+def test_anchor_states_beside_each_other(tmp_path: Path, build: Build) -> None:
+    if not capabilities(build).kv_anchor:
+        pytest.skip("an unpatched build has no K anchor")
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["bench", "--synthetic", "tiny", "--pairs", "q8_0:q8_0", "--depths", "0", "--anchor", "auto,off"]
+    args += ["--prompt", "16", "--gen", "0", "--reps", "2", "--threads", "1"]
+    done = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert done.returncode == 0, done.stderr
+    said = [line.split(": ")[0] for line in done.stderr.splitlines() if line.startswith("depth 0")]
+    cells = ("f16/f16", "q8_0/q8_0 (anchor auto)", "q8_0/q8_0 (anchor off)")
+    assert said == [f"depth 0 round {n}/2 {cell}" for n in (1, 2) for cell in cells]
+    assert "(anchor off)" in done.stdout.replace("\n", "")
+    wrong = cli.run("bench", "--synthetic", "tiny", "--anchor", "of", "--bin-dir", cli.bin_dir)
+    assert wrong.returncode == 2 and "is not auto, on or off" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("--model", "a", "--synthetic", "8b"), ("--synthetic", "tiny", "--depths", "-1")]
+)
+def test_bad_usage(tmp_path: Path, build: Build, args: tuple[str, ...]) -> None:
+    cli = Cli(tmp_path, build.bin_dir)
+    done = cli.run("bench", *args, "--bin-dir", cli.bin_dir, "--pairs", "q8_0:q8_0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_block_that_does_not_divide_head_dim(
+    tmp_path: Path, build: Build, prose: CorpusFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    with monkeypatch.context() as patch:
+        patch.setenv("TURBO_EVAL_CACHE", str(tmp_path / "cache"))
+        model = synthetic_model(parse_shape("tiny,head_dim=80"))
+    done = cli.sweep("--model", model, "--pairs", "f16:f16,f16:q8_0")
+    assert done.returncode == 2 and one_sentence(done.stderr)
+    assert "q8_0 works on blocks of 32 values, which do not divide head_dim 80 of V" in done.stderr

@@ -1,0 +1,1 @@
+"""Tests of the kernels in patches/, on real or emulated processors."""

@@ -1,0 +1,28 @@
+"""docs/diagnosing.md names commands and options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import typer.main
+from typer.core import TyperGroup
+
+from turbo_eval.cli import app
+from turbo_eval.util import paths
+
+TEXT = (paths.repo_root() / "docs" / "diagnosing.md").read_text().replace("\\\n", " ")
+COMMANDS = re.findall(r"^\$ turbo-eval (.+)$", TEXT, re.MULTILINE)
+
+
+def test_all_four_are_told() -> None:
+    assert {command.split()[0] for command in COMMANDS} >= {"selftest", "compare", "bisect", "probe"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_understood(command: str) -> None:
+    name, *args = shlex.split(command)
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    group.commands[name].make_context(name, args)  # raises on an unknown option

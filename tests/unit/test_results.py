@@ -1,0 +1,128 @@
+"""results, show, recommend, the published schema, and what generation counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.support.harness import Cli, one_sentence
+from tests.support.records import MACHINE, make_kld, make_record
+from tests.unit.test_gate import INFO
+from turbo_eval.analysis.recommend import Bound, recommend
+from turbo_eval.analysis.table import summarize
+from turbo_eval.metrics.generation import compare_greedy, compare_needle
+from turbo_eval.records.record import Needle, json_schema
+from turbo_eval.records.store import Store
+from turbo_eval.util.paths import repo_root
+
+RECORDS = [
+    make_record(ppl=10.0, kld=make_kld(1e-6)),
+    make_record("q8_0:q8_0", 10.02, kld=make_kld(0.004)),
+    make_record("q8_0:turbo3", 10.2, kld=make_kld(0.012)),
+    make_record("turbo4:turbo4", 10.4, kld=make_kld(0.02)),
+    make_record("turbo3:turbo3", 12.0, kld=make_kld(0.2)),
+    make_record("q4_0:q4_0", status="crash", detail="x", metric="kld"),
+]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    store = Store(tmp_path / "results", MACHINE.id)
+    for record in RECORDS:
+        store.write(record)
+    return Cli(tmp_path / "results", tmp_path)
+
+
+def test_list_and_show(cli: Cli) -> None:
+    listed = cli.run("results", "list", "--results", cli.results)
+    assert listed.returncode == 0
+    assert all(r.key in listed.stdout for r in RECORDS)
+    shown = cli.run("show", RECORDS[1].key[:8], "--results", cli.results)
+    assert shown.returncode == 0 and "provenance.machine.cpu" in shown.stdout
+    missing = cli.run("show", "zzzz", "--results", cli.results)
+    assert missing.returncode == 2 and one_sentence(missing.stderr)
+
+
+def test_prune_says_first_and_does_it_only_when_told(cli: Cli) -> None:
+    said = cli.run("results", "prune", "--failed", "--results", cli.results)
+    assert said.returncode == 0 and "would delete" in said.stdout and len(cli.records()) == 6
+    done = cli.run("results", "prune", "--failed", "--yes", "--results", cli.results)
+    assert done.returncode == 0 and len(cli.records()) == 5
+    assert cli.run("results", "prune", "--results", cli.results).returncode == 2
+    (cli.results / MACHINE.id / "x.json").write_text("{")
+    cli.run("results", "prune", "--unreadable", "--keep-tree", "a", "--yes", "--results", cli.results)
+    assert len(cli.records()) == 5
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_export(cli: Cli, tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    out = tmp_path / f"all{suffix}"
+    assert cli.run("results", "export", out, "--results", cli.results).returncode == 0
+    if suffix == ".csv":
+        frame = pd.read_csv(out)
+    elif suffix == ".json":
+        frame = pd.read_json(out)
+    else:
+        frame = pd.read_parquet(out)
+    assert len(frame) == 6
+    assert set(frame["kld.mean"].dropna()) == {1e-6, 0.004, 0.012, 0.02, 0.2}
+
+
+def test_the_published_schema_is_the_code_s(cli: Cli) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    published = (repo_root() / "docs" / "record.schema.json").read_text()
+    assert published == json_schema(), "run `turbo-eval results schema > docs/record.schema.json`"
+    validator = jsonschema.Draft202012Validator(json.loads(published))
+    for data in cli.records():
+        validator.validate(data)
+        assert list(validator.iter_errors({**data, "status": "fine"}))
+        assert list(validator.iter_errors({**data, "extra": 1}))
+
+
+def test_recommend_takes_the_smallest_within_the_bound() -> None:
+    rows = summarize(RECORDS)
+    ranked = recommend(rows, INFO, 8192, Bound(None, 3.0, None))
+    good = [f"{c.row.k}/{c.row.v}" for c in ranked if not c.reasons]
+    assert good == ["q8_0/turbo3", "q8_0/q8_0", "f16/f16"]
+    # 30 layers × 3 heads × 64 values × 8192 positions × (8.5 + 3.25) bits
+    assert ranked[0].memory_mib == pytest.approx(30 * 3 * 64 * 8192 * 11.75 / 8 / 2**20)
+    why = {f"{c.row.k}/{c.row.v}": c.reasons[0] for c in ranked if c.reasons}
+    assert "+4.00 % is over 3 %" in why["turbo4/turbo4"] and why["q4_0/q4_0"] == "it is crash"
+
+
+def test_recommend_by_kld_and_memory() -> None:
+    rows = summarize(RECORDS)
+    by_kld = recommend(rows, INFO, 8192, Bound(0.02, None, None))
+    assert f"{by_kld[0].row.k}/{by_kld[0].row.v}" == "turbo4/turbo4"
+    none = recommend(rows, INFO, 8192, Bound(0.0000001, None, None))
+    assert all(c.reasons for c in none)
+    small = recommend(rows, INFO, 8192, Bound(None, 3.0, 0.0001))
+    assert all(c.reasons for c in small)
+
+
+def test_without_a_baseline_nothing_is_recommended() -> None:
+    rows = summarize([make_record("turbo3:turbo3", 5.0)])
+    (only,) = recommend(rows, INFO, 8192, Bound(None, 3.0, None))
+    assert "no baseline" in only.reasons[0]
+
+
+def test_greedy_counts_up_to_the_first_difference() -> None:
+    exact = ((1, 2, 3, 4), (5, 6, 7, 8))
+    found = compare_greedy(((1, 2, 9, 4), (5, 6, 7, 8)), exact)
+    assert (found.agree_pct, found.identical_pct, found.first_divergence) == (75.0, 50.0, 2)
+    same = compare_greedy(exact, exact)
+    assert (same.agree_pct, same.identical_pct, same.first_divergence) == (100.0, 100.0, None)
+    ended = compare_greedy(((1, 2), (5, 6, 7, 8)), exact)
+    assert (ended.agree_pct, ended.first_divergence) == (75.0, 2)
+
+
+def test_a_needle_counts_only_where_f16_finds_it() -> None:
+    exact = compare_needle([(512, 0.1, True), (512, 0.5, False), (512, 0.9, True)], None)
+    assert (exact.probes, exact.f16_hits, exact.hits) == (3, 2, 2)
+    found: Needle = compare_needle([(512, 0.1, False), (512, 0.5, True), (512, 0.9, True)], exact)
+    assert (found.probes, found.f16_hits, found.hits) == (3, 2, 1)

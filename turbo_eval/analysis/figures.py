@@ -1,0 +1,181 @@
+"""Figures of the report: quality against bits, K × V heatmaps, speed against depth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbo_eval.analysis.table import Summary
+from turbo_eval.bench.run import BenchRecord, pair_label
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.records.store import writing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Stands for the text colour of the page; `inline_svg` replaces it, so that figures follow dark mode.
+_INK = "#123457"
+
+
+def loss(row: Summary) -> tuple[float, str] | None:
+    """The row's quality loss and its unit: mean KLD if measured, else |ΔPPL| in percent."""
+    record = row.get("kld")
+    if record is not None and record.kld is not None:
+        return max(record.kld.mean, 1e-6), "KL divergence from f16 [nats]"
+    if row.delta_pct is not None:
+        return max(abs(row.delta_pct), 1e-3), "|ΔPPL| [%]"
+    return None
+
+
+def pareto(rows: Sequence[Summary]) -> list[Summary]:
+    """Rows that no other row beats in both bits per value and loss, from few bits to many."""
+    points = [(r.bpv, found[0], r) for r in rows if r.status == "ok" and (found := loss(r))]
+    front: list[Summary] = []
+    best = float("inf")
+    for _, value, row in sorted(points, key=lambda p: (p[0], p[1])):
+        if value < best:
+            front.append(row)
+            best = value
+    return front
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    axes.tick_params(colors=_INK, which="both")
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.title.set_color(_INK)
+    return figure, axes
+
+
+def pareto_figure(rows: Sequence[Summary]) -> Figure | None:
+    """Loss (log) against mean bits per value; the Pareto front joined by a line. None: no points."""
+    points = [(r, found) for r in rows if r.status == "ok" and r.bpv < 16 and (found := loss(r))]
+    if not points:
+        return None
+    figure, axes = _figure(7, 4.2)
+    front = [r for r in pareto(rows) if r.bpv < 16]
+    for row, (value, unit) in points:
+        on_front = row in front
+        axes.plot(row.bpv, value, "o" if on_front else "x", color="#2563eb" if on_front else "#9a6700")
+        label = f"{row.k}/{row.v}"
+        axes.annotate(label, (row.bpv, value), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
+        axes.set_ylabel(unit)
+    line = [(r.bpv, found[0]) for r in front if (found := loss(r))]
+    axes.plot([x for x, _ in line], [y for _, y in line], "-", color="#2563eb", linewidth=1, alpha=0.7)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per value, mean of K and V")
+    axes.margins(x=0.12, y=0.15)
+    return figure
+
+
+def heatmap_figure(rows: Sequence[Summary], value: str) -> Figure | None:
+    """K × V matrix of "kld" or "delta_pct"; None with fewer than two numbers."""
+    cells = {(r.k, r.v): x for r in rows if (x := heat_value(r, value)) is not None}
+    if len(cells) < 2:
+        return None
+    names = sorted({t for pair in cells for t in pair}, key=lambda t: -cache_type(t).bpv)
+    ks, vs = (
+        [n for n in names if any(k == n for k, _ in cells)],
+        [n for n in names if any(v == n for _, v in cells)],
+    )
+    figure, axes = _figure(1.6 + 0.9 * len(vs), 1.2 + 0.55 * len(ks))
+    grid = [[cells.get((k, v), float("nan")) for v in vs] for k in ks]
+    shown = [[level(x, value) for x in line] for line in grid]
+    axes.imshow(shown, cmap="YlOrRd", vmin=0, vmax=LEVELS, aspect="auto")
+    for y, line in enumerate(grid):
+        for x, number in enumerate(line):
+            if number == number:
+                axes.text(x, y, f"{number:.3g}", ha="center", va="center", fontsize=8, color="#111111")
+    axes.set_xticks(range(len(vs)), vs)
+    axes.set_yticks(range(len(ks)), ks)
+    axes.set_xlabel("V")
+    axes.set_ylabel("K")
+    return figure
+
+
+LEVELS = 6
+_STEPS = {"kld": (0.002, 0.01, 0.03, 0.1, 0.5), "delta_pct": (0.3, 1, 3, 10, 50)}
+
+
+def level(number: float, value: str) -> float:
+    """0 (no loss) to 5 (destroyed); nan stays nan. The steps are of "kld" in nats, ΔPPL in percent."""
+    if number != number:
+        return number
+    return float(sum(abs(number) > step for step in _STEPS[value]))
+
+
+def heat_value(row: Summary, value: str) -> float | None:
+    """The row's mean KLD or ΔPPL %."""
+    if row.status != "ok":
+        return None
+    if value == "delta_pct":
+        return row.delta_pct
+    record = row.get("kld")
+    return record.kld.mean if record is not None and record.kld is not None else None
+
+
+def speed_figure(records: Sequence[BenchRecord]) -> Figure:
+    """Tokens/s (above) and ratio to f16 of the same rounds (below) against depth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 2, sharex=True)
+    measured = [r for r in records if r.status == "ok"]
+    labels = list(dict.fromkeys(pair_label(r, measured) for r in measured))
+    for column, name in enumerate(("prefill", "decode")):
+        for label in labels:
+            own = [r for r in measured if pair_label(r, measured) == label]
+            for line, field in enumerate((f"{name}_median", f"{name}_ratio")):
+                points = [(r.depth, y) for r in own if (y := r.row()[field]) is not None]
+                if points:
+                    grid[line][column].plot(*zip(*points, strict=True), "o-", label=label)
+        grid[0][column].set_title(name, color=_INK)
+        grid[1][column].set_xlabel("depth [tokens]", color=_INK)
+        grid[1][column].axhline(1, color=_INK, linewidth=0.6)
+    grid[0][0].set_ylabel("tokens/s", color=_INK)
+    grid[1][0].set_ylabel("× f16", color=_INK)
+    for axes in grid.flat:
+        axes.tick_params(colors=_INK)
+        for spine in axes.spines.values():
+            spine.set_color(_INK)
+    if labels:
+        grid[0][1].legend(fontsize=8, framealpha=0.5)
+    return figure
+
+
+def inline_svg(figure: Figure, label: str) -> str:
+    """The figure as an SVG element whose ink is the page's text colour."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "turbo-eval"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as .svg or .png on white.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise UsageError(f"{path} ends in neither .svg nor .png", "choose one of them")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white", dpi=150)

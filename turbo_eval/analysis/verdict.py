@@ -1,0 +1,47 @@
+"""A gate's outcome as Markdown: for the comment on a pull request and the summary of a CI job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from turbo_eval.analysis.gate import GateResult
+from turbo_eval.analysis.table import by_setting, render_markdown, summarize
+from turbo_eval.sweep.spec import GateSpec
+
+
+def mark(backend: str) -> str:
+    """First line of the text, invisible once rendered: by it a comment of an earlier run is found again."""
+    return f"<!-- turbo-eval {backend} -->"
+
+
+def render_verdict(spec: GateSpec, outcome: GateResult) -> str:
+    """Heading, a sentence for each check that is not met, the table, and the checks that pass folded away."""
+    backend = spec.sweep.backend
+    lines = [mark(backend), f"### turbo-eval on {backend}: {_headline(outcome)}", ""]
+    lines += [f"- **FAIL** {_escaped(sentence)}" for sentence in outcome.regressions]
+    lines += [f"- **incomplete** {_escaped(sentence)}" for sentence in outcome.incomplete]
+    lines += [""] if outcome.regressions or outcome.incomplete else []
+    for _, group in by_setting(summarize(outcome.records, spec.sweep.baseline)):
+        lines += [render_markdown(group)]
+    if outcome.passed:
+        lines += [f"<details><summary>{_count(outcome.passed, 'check')} passed</summary>", ""]
+        lines += [f"- {_escaped(sentence)}" for sentence in outcome.passed]
+        lines += ["", "</details>"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _headline(outcome: GateResult) -> str:
+    if outcome.regressions:
+        return f"{_count(outcome.regressions, 'check')} failed"
+    if outcome.incomplete:
+        return "no verdict, something is missing"
+    return "passed"
+
+
+def _count(what: Sequence[str], name: str) -> str:
+    return f"{len(what)} {name}{'' if len(what) == 1 else 's'}"
+
+
+def _escaped(sentence: str) -> str:
+    """`*` stands in patterns, `<` in what a tool said; neither is markup here."""
+    return sentence.replace("\\", "\\\\").replace("*", "\\*").replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""The K anchor: what models carry, calibration, its effect."""

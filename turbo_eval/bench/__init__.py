@@ -1,0 +1,1 @@
+"""Speed: llama-bench runs and their records."""

@@ -1,0 +1,340 @@
+"""Speed over depth: llama-bench for K/V pairs beside f16 of the same build, interleaved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from turbo_eval.errors import IncompleteError
+from turbo_eval.inputs.models import ModelFile
+from turbo_eval.llama import output
+from turbo_eval.llama.build import Build
+from turbo_eval.metrics import judge
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.record import Cell, Effective, Record, Status
+from turbo_eval.records.store import writing
+from turbo_eval.util.process import child_environment, relevant_environment, run
+
+BENCH_SCHEMA = 1
+REFERENCE = ("f16", "f16")
+
+# What is measured: K, V, and the K anchor (None: the build has none).
+Candidate = tuple[str, str, str | None]
+
+
+class BenchRecord(BaseModel):
+    """Speed of one pair at one depth. Speeds in tokens/s, one sample a round, in the order measured.
+
+    `prefill` and `decode` are this pair's; `*_f16` those of f16/f16 in the same rounds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = BENCH_SCHEMA
+    key: str
+    model: str
+    model_sha256: str
+    k: str
+    v: str
+    depth: int
+    prompt: int
+    gen: int
+    backend: str
+    threads: int
+    anchor: str
+    tree: str
+    env: dict[str, str]
+    status: Status
+    detail: str = ""
+    prefill: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
+    prefill_f16: tuple[float, ...] = ()
+    decode_f16: tuple[float, ...] = ()
+    effective: Effective = Effective()
+    argv: tuple[str, ...]
+    started: str
+    provenance: Provenance
+
+    @property
+    def prefill_ratio(self) -> float | None:
+        """Median over the rounds of this speed over f16's in the same round."""
+        return _ratio(self.prefill, self.prefill_f16)
+
+    @property
+    def decode_ratio(self) -> float | None:
+        """As `prefill_ratio`, for decode."""
+        return _ratio(self.decode, self.decode_f16)
+
+    def row(self) -> dict[str, Any]:
+        """Flat fields for scripts."""
+        return self.model_dump(mode="json", exclude={"provenance", "effective", "schema_version"}) | {
+            "prefill_median": _median(self.prefill),
+            "decode_median": _median(self.decode),
+            "prefill_ratio": self.prefill_ratio,
+            "decode_ratio": self.decode_ratio,
+            "effective_k": self.effective.k,
+            "effective_v": self.effective.v,
+            "machine": self.provenance.machine.id,
+        }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _ratio(ours: Sequence[float], f16: Sequence[float]) -> float | None:
+    pairs = [a / b for a, b in zip(ours, f16, strict=False) if b]
+    return statistics.median(pairs) if pairs else None
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Pairs × anchors (f16/f16 is measured in any case) over depths; `reps` interleaved rounds.
+
+    `anchors` holds None alone where the build has no anchor.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    depths: tuple[int, ...]
+    prompt: int
+    gen: int
+    reps: int
+    threads: int
+    backend: str
+    anchors: tuple[str | None, ...]
+    timeout: float | None = None
+
+    def candidates(self) -> list[Candidate]:
+        """f16/f16 first, each once."""
+        reference: Candidate = (*REFERENCE, None if None in self.anchors else "auto")
+        others = [(*pair, anchor) for pair in self.pairs if pair != REFERENCE for anchor in self.anchors]
+        return list(dict.fromkeys([reference, *others]))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prefill: float | None
+    decode: float | None
+    effective: Effective
+    argv: tuple[str, ...]
+    started: str
+    fault: tuple[Status, str] | None
+
+
+def run_bench(
+    plan: BenchPlan,
+    model: ModelFile,
+    build: Build,
+    provenance: Provenance,
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[BenchRecord]:
+    """Measure depth by depth, and within a depth round by round: f16, A, B, …, f16, A, B, …
+
+    What disturbs a machine for a while then disturbs all pairs alike. A pair that fails once is not
+    run again at that depth.
+
+    Args:
+        folder: where records and logs go.
+        say: hears one line a run.
+
+    Raises:
+        EnvironmentProblem: no llama-bench, or the disk is full.
+    """
+    order = plan.candidates()
+    records: list[BenchRecord] = []
+    for depth in plan.depths:
+        samples: dict[Candidate, list[_Sample]] = {candidate: [] for candidate in order}
+        for round_number in range(plan.reps):
+            for candidate in order:
+                if any(s.fault for s in samples[candidate]):
+                    continue
+                sample = _run_once(plan, candidate, depth, model, build, folder)
+                samples[candidate].append(sample)
+                say(
+                    f"depth {depth} round {round_number + 1}/{plan.reps} {_words(plan, candidate)}: "
+                    + (_speeds(sample) if sample.fault is None else ": ".join(sample.fault))
+                )
+        for candidate in order:
+            record = _record(plan, candidate, depth, samples, model, build, provenance)
+            _write(folder, record)
+            records.append(record)
+    return records
+
+
+def _words(plan: BenchPlan, candidate: Candidate) -> str:
+    k, v, anchor = candidate
+    return f"{k}/{v} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != REFERENCE else f"{k}/{v}"
+
+
+def _speeds(sample: _Sample) -> str:
+    parts = [(sample.prefill, "prefill"), (sample.decode, "decode")]
+    return ", ".join(f"{name} {value:.1f} t/s" for value, name in parts if value is not None)
+
+
+def bench_argv(plan: BenchPlan, pair: tuple[str, str], depth: int, model: Path, build: Build) -> list[str]:
+    """The llama-bench command of one run."""
+    argv = [str(build.tool("llama-bench")), "-m", str(model), "-ctk", pair[0], "-ctv", pair[1], "-fa", "on"]
+    argv += ["-p", str(plan.prompt), "-n", str(plan.gen), "-d", str(depth), "-r", "1"]
+    argv += ["-t", str(plan.threads), "-o", "jsonl", "-v"]
+    return argv + (["-dev", "none"] if plan.backend == "cpu" else ["-ngl", "999"])
+
+
+def _run_once(
+    plan: BenchPlan, candidate: Candidate, depth: int, model: ModelFile, build: Build, folder: Path
+) -> _Sample:
+    k, v, anchor = candidate
+    argv = bench_argv(plan, (k, v), depth, model.path, build)
+    env, _ = child_environment()
+    if anchor is not None:
+        env["LLAMA_ARG_KV_ANCHOR"] = anchor
+    log = folder / "logs" / f"{model.name}.{k}-{v}.d{depth}.log".replace("/", "-")
+    outcome = run(argv, log=log, env=env, timeout=plan.timeout)
+    effective = output.parse_effective(outcome.text)
+    fault = judge.judge_process(outcome, plan.timeout)
+    if fault is None:
+        cell = Cell(
+            metric="ppl",
+            model=model.name,
+            model_sha256=model.sha256,
+            corpus="",
+            corpus_sha256="",
+            k=k,
+            v=v,
+            ctx=0,
+            chunks=0,
+            batch=0,
+            ubatch=0,
+            anchor=anchor or "off",
+            backend=plan.backend,  # type: ignore[arg-type]
+            tree=build.tree,
+        )
+        fault = judge.judge_state(cell, effective)
+    speeds = _parse(outcome.text) if fault is None else {}
+    if fault is None and not speeds:
+        fault = ("no-result", output.last_error(outcome.text) or "llama-bench printed no speeds")
+    return _Sample(
+        speeds.get("prefill"), speeds.get("decode"), effective, tuple(argv), outcome.started, fault
+    )
+
+
+def _parse(text: str) -> dict[str, float]:
+    """Mean tokens/s of the prefill and decode tests: llama-bench's JSON lines among its log."""
+    speeds: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        try:
+            test = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "avg_ts" not in test:
+            continue
+        if test["n_prompt"] and not test["n_gen"]:
+            speeds["prefill"] = float(test["avg_ts"])
+        elif test["n_gen"] and not test["n_prompt"]:
+            speeds["decode"] = float(test["avg_ts"])
+    return speeds
+
+
+def _record(
+    plan: BenchPlan,
+    candidate: Candidate,
+    depth: int,
+    samples: dict[Candidate, list[_Sample]],
+    model: ModelFile,
+    build: Build,
+    provenance: Provenance,
+) -> BenchRecord:
+    k, v, anchor = candidate
+    own, exact = samples[candidate], samples[plan.candidates()[0]]
+    fault = next((s.fault for s in own if s.fault), None)
+    identity = {
+        "model_sha256": model.sha256,
+        "k": k,
+        "v": v,
+        "depth": depth,
+        "prompt": plan.prompt,
+        "gen": plan.gen,
+        "backend": plan.backend,
+        "threads": plan.threads,
+        "anchor": anchor or "off",
+        "tree": build.tree,
+        "env": relevant_environment(),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def speeds(of: Sequence[_Sample], name: str) -> tuple[float, ...]:
+        return tuple(x for s in of if (x := getattr(s, name)) is not None)
+
+    return BenchRecord(
+        key=digest,
+        model=model.name,
+        status=fault[0] if fault else "ok",
+        detail=fault[1] if fault else "",
+        prefill=() if fault else speeds(own, "prefill"),
+        decode=() if fault else speeds(own, "decode"),
+        prefill_f16=speeds(exact, "prefill"),
+        decode_f16=speeds(exact, "decode"),
+        effective=own[0].effective,
+        argv=own[0].argv,
+        started=own[0].started,
+        provenance=provenance,
+        **identity,  # type: ignore[arg-type]
+    )
+
+
+def pair_label(record: BenchRecord, among: Sequence[BenchRecord]) -> str:
+    """ "K/V", with the anchor where the pair is there with several."""
+    anchors = {r.anchor for r in among if (r.k, r.v) == (record.k, record.v)}
+    return f"{record.k}/{record.v}" + (f" (anchor {record.anchor})" if len(anchors) > 1 else "")
+
+
+def _write(folder: Path, record: BenchRecord) -> None:
+    name = f"{Path(record.model).name}.{record.k}-{record.v}.d{record.depth}.{record.key}.json"
+    path, scratch = folder / name, folder / f".{name}.tmp"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+
+def read_bench(root: Path) -> list[BenchRecord]:
+    """Every benchmark record under a results folder.
+
+    Raises:
+        IncompleteError: one cannot be read.
+    """
+    records = []
+    for path in sorted(root.glob("*/bench/*.json")):
+        try:
+            records.append(BenchRecord.model_validate_json(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise IncompleteError(
+                f"benchmark record {path} cannot be read: {reason}", "delete it and run bench again"
+            ) from None
+    return records
+
+
+def quality(record: BenchRecord, known: Sequence[Record]) -> Record | None:
+    """The quality record of the same model, pair, build, backend and anchor: KLD if there is one."""
+    matching = [
+        r
+        for r in known
+        if r.ok
+        and r.cell.metric in ("kld", "ppl")
+        and (r.cell.model_sha256, r.cell.k, r.cell.v) == (record.model_sha256, record.k, record.v)
+        and (r.cell.tree, r.cell.backend, r.cell.anchor) == (record.tree, record.backend, record.anchor)
+    ]
+    return max(matching, key=lambda r: (r.cell.metric == "kld", r.cell.ctx * r.cell.chunks), default=None)
+
+
+UNVERIFIED = "fast, but unverified"

@@ -1,0 +1,1 @@
+"""Cache types: block sizes, bits, codebooks."""

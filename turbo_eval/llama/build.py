@@ -1,0 +1,463 @@
+"""Builds: one folder a backend under build/, stamped with what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.inputs.download import atomic_write, file_sha256, lock
+from turbo_eval.llama import patches, source, toolchain
+from turbo_eval.util import paths
+from turbo_eval.util.git import working_tree_hash
+from turbo_eval.util.project import BESIDE_THE_SOURCES
+
+BACKENDS = ("cpu", "metal", "cuda")
+# Targets by the place of their source: those are built whose source is there. Part of a series (bisect), or
+# somebody's fork, may lack some.
+TOOLS = {
+    "tools/perplexity": "llama-perplexity",
+    "tools/llama-bench": "llama-bench",
+    "tools/completion": "llama-completion",
+    "tools/quantize": "llama-quantize",
+    "tools/kv-calibrate": "llama-kv-calibrate",
+    "tools/kv-probe": "llama-kv-probe",
+}
+# llama.cpp's own tests, for whoever changes the patches: in a project nobody asks for them.
+TESTS = {
+    "tests/test-backend-ops.cpp": "test-backend-ops",
+    "tests/test-quantize-fns.cpp": "test-quantize-fns",
+}
+_COMMON = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",  # llama-cpp-python loads them
+    "GGML_NATIVE": "ON",
+    # nothing that downloads, needs another library, or isn't measured here
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_TESTS": "ON",
+}
+_BACKEND = {
+    "cpu": {"GGML_METAL": "OFF", "GGML_CUDA": "OFF"},
+    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON", "GGML_CUDA": "OFF"},
+    # Without all pairs compiled in, a missing K × V pair silently runs on the CPU.
+    "cuda": {"GGML_CUDA": "ON", "GGML_CUDA_FA_ALL_QUANTS": "ON", "GGML_METAL": "OFF"},
+}
+# No device to ask: one generation as PTX for everything newer, and the data-centre one natively.
+CUDA_ARCHS_WITHOUT_GPU = "80-virtual;90-real"
+_RECORD = "turbo-eval-build.json"
+
+
+@dataclass(frozen=True)
+class Build:
+    """A built llama.cpp.
+
+    Attributes:
+        backend: "cpu", "metal" or "cuda"; for a foreign folder what its libraries say.
+        bin_dir: executables and shared libraries.
+        tree: git tree hash of the sources it was built from, uncommitted edits included;
+            for a foreign folder "bin-" + a hash of its libraries and tools.
+        pin: upstream commit under the patches; for a foreign folder the (short) commit it reports.
+        dirty: the sources had edits that the series does not hold.
+        compiler: e.g. "c++ (Debian 12.2.0-14) 12.2.0".
+        flags: CMake options that were set, "KEY=VALUE".
+        stamp: hash of tree + options + compiler; "" for a foreign folder.
+        patched: our series was on the sources, as we put it there.
+    """
+
+    backend: str
+    bin_dir: Path
+    tree: str
+    pin: str
+    dirty: bool
+    compiler: str
+    flags: tuple[str, ...]
+    stamp: str
+    patched: bool = True
+
+    @classmethod
+    def from_bin_dir(cls, path: Path) -> Build:
+        """Describe any folder of llama.cpp binaries (unpatched upstream, a fork).
+
+        Raises:
+            UsageError: no llama-perplexity in it, or it doesn't run.
+        """
+        bin_dir = path.expanduser().resolve()
+        tool = bin_dir / "llama-perplexity"
+        if not tool.is_file():
+            raise UsageError(
+                f"{path} holds no llama-perplexity", "name the bin folder of a finished llama.cpp build"
+            )
+        own = _read_record(bin_dir.parent)
+        if own is not None and own.bin_dir == bin_dir:
+            return own
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            raise UsageError(
+                f"{tool} does not run (exit code {done.returncode})", "build it again for this machine"
+            )
+        said = done.stderr + done.stdout
+        version = re.search(r"version: \S+ \(([0-9a-f]+)\)", said)
+        compiler = re.search(r"built with (.+?)(?: for |$)", said, re.MULTILINE)
+        libraries = [
+            entry
+            for entry in sorted(bin_dir.iterdir())
+            if re.match(r"lib(ggml|llama|mtmd).*\.(so|dylib)", entry.name) and not entry.is_symlink()
+        ]
+        digest = hashlib.sha256()
+        for file in [*libraries, tool]:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        names = " ".join(entry.name for entry in libraries)
+        backend = next((name for name in ("cuda", "metal") if f"ggml-{name}" in names), "cpu")
+        return cls(
+            backend=backend,
+            bin_dir=bin_dir,
+            tree=f"bin-{digest.hexdigest()[:40]}",
+            pin=version[1] if version else "",
+            dirty=False,
+            compiler=compiler[1] if compiler else "",
+            flags=(),
+            stamp="",
+            patched=False,
+        )
+
+    def tool(self, name: str) -> Path:
+        """Path of an executable, e.g. `tool("llama-perplexity")`.
+
+        Raises:
+            EnvironmentProblem: this build does not have it.
+        """
+        path = self.bin_dir / name
+        if not path.is_file():
+            raise EnvironmentProblem(
+                f"the {self.backend} build has no {name} in {self.bin_dir}",
+                paths.step(f"build-{self.backend}", f"build {self.backend}"),
+            )
+        return path
+
+    def current(self) -> bool:
+        """Was it built from the sources as they are now? Foreign folders always are."""
+        if not self.stamp:
+            return True
+        sources = paths.sources_dir(patched=self.patched)
+        return sources.is_dir() and _tree(sources) == self.tree
+
+
+def find_build(backend: str) -> Build:
+    """The finished build of a backend, as stamped.
+
+    Raises:
+        UsageError: no such backend.
+        EnvironmentProblem: not built, or the build was interrupted.
+    """
+    _require_backend(backend)
+    folder = paths.build_dir(backend)
+    found = _read_record(folder)
+    if found is None:
+        what = "was not finished" if (folder / "build.ninja").is_file() else "is not there"
+        raise EnvironmentProblem(
+            f"the {backend} build {what}", paths.step(f"build-{backend}", f"build {backend}")
+        )
+    return found
+
+
+def options(backend: str, *, cuda_archs: str = "") -> dict[str, str]:
+    """CMake options of a backend, after checking that its toolchain is here.
+
+    Raises:
+        EnvironmentProblem: no compiler for it on this machine.
+    """
+    _require_backend(backend)
+    toolchain.cxx()
+    chosen = _COMMON | _BACKEND[backend]
+    if backend == "metal":
+        toolchain.require_metal()
+    if backend == "cuda":
+        nvcc = toolchain.nvcc()
+        chosen["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
+        native = "native" if toolchain.has_nvidia_gpu() else CUDA_ARCHS_WITHOUT_GPU
+        chosen["CMAKE_CUDA_ARCHITECTURES"] = cuda_archs or native
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is to be built: from where, how, and what will then be on record."""
+
+    sources: Path
+    chosen: dict[str, str]
+    targets: tuple[str, ...]
+    made: Build
+
+
+def build(
+    backend: str,
+    *,
+    jobs: int | None = None,
+    cuda_archs: str = "",
+    extra: Sequence[str] = (),
+    targets: Sequence[str] | None = None,
+    patched: bool | None = None,
+    console: Console | None = None,
+) -> tuple[Build, bool]:
+    """Build the sources of this checkout or project; returns the build and whether anything had to be done.
+
+    A series that changed since it was applied is applied first, unless build/src has edits of
+    its own: then those are built, and the build says that it is dirty.
+
+    Args:
+        jobs: compilers at a time; all cores if None.
+        cuda_archs: CMake's list, e.g. "86-real;90-real".
+        extra: further options "KEY=VALUE", e.g. for sanitizers.
+        targets: all that the sources have of TOOLS and (in a checkout) TESTS, if None.
+        patched: with our series; None: as the project says.
+
+    Raises:
+        EnvironmentProblem: source or toolchain missing, or the compiler failed.
+        UsageError: the series doesn't go onto these sources.
+    """
+    console = console or Console(stderr=True)
+    _require_backend(backend)
+    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
+    folder = paths.build_dir(backend)
+    with lock(folder / "build"):
+        order = _order(backend, cuda_archs, extra, targets, patched)
+        made = order.made
+        old = _read_record(folder)
+        built = old is not None and old.stamp == made.stamp
+        if built and all((made.bin_dir / target).is_file() for target in order.targets):
+            if old != made:  # another commit with the same tree
+                _write_record(folder, made)
+            return made, False
+        # From here until the end no one may take this folder for a finished build.
+        (folder / _RECORD).unlink(missing_ok=True)
+        log = folder / "build.log"
+        _configure(cmake.path, ninja.path, order.sources, folder, order.chosen, made.compiler, log)
+        _compile(ninja.path, folder, order.targets, jobs or os.cpu_count() or 2, log, console, backend)
+        if _tree(order.sources) != made.tree:
+            again = paths.step(f"build-{backend}", f"build {backend}")
+            raise EnvironmentProblem(f"{order.sources} was edited while it was built", f"{again} again")
+        _write_record(folder, made)
+    return made, True
+
+
+def stamp(
+    backend: str, *, cuda_archs: str = "", extra: Sequence[str] = (), patched: bool | None = None
+) -> str:
+    """What `build` with these arguments would make, as one hash; prepares the sources, compiles nothing.
+
+    Raises:
+        EnvironmentProblem, UsageError: as `build`.
+    """
+    _require_backend(backend)
+    with lock(paths.build_dir(backend) / "build"):
+        return _order(backend, cuda_archs, extra, None, patched).made.stamp
+
+
+def _order(
+    backend: str,
+    cuda_archs: str,
+    extra: Sequence[str],
+    targets: Sequence[str] | None,
+    patched: bool | None,
+) -> _Order:
+    chosen = options(backend, cuda_archs=cuda_archs)
+    for item in extra:
+        key, equals, value = item.removeprefix("-D").partition("=")
+        if not equals:
+            raise UsageError(f"{item} is no CMake option", "write it as KEY=VALUE")
+        chosen[key.split(":")[0]] = value
+    compiler = toolchain.cxx().version
+    if backend == "cuda":
+        compiler += f", {toolchain.nvcc().version}"
+    project = paths.project()
+    if patched is None:
+        patched = project is None or project.settings.patches
+    dirty = _prepare(patched)
+    sources = paths.sources_dir(patched=patched)
+    if targets is None:
+        wanted = TOOLS if project is not None else TOOLS | TESTS
+        targets = [target for place, target in wanted.items() if (sources / place).exists()]
+        if "llama-perplexity" not in targets:
+            raise UsageError(f"{sources} has no tools/perplexity", "take a llama.cpp of 2025 or newer")
+    tree = _tree(sources)
+    flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
+    described = json.dumps([tree, flags, compiler, sorted(targets)])
+    made = Build(
+        backend=backend,
+        bin_dir=paths.build_dir(backend) / "bin",
+        tree=tree,
+        pin=source.pin(),
+        dirty=dirty,
+        compiler=compiler,
+        flags=flags,
+        stamp=hashlib.sha256(described.encode()).hexdigest(),
+        patched=patched,
+    )
+    return _Order(sources, chosen, tuple(targets), made)
+
+
+def _prepare(patched: bool) -> bool:
+    """Bring the sources to what is to be built; whether they have edits that no commit or patch holds."""
+    project = paths.project()
+    if project is not None and project.here:
+        edits = source.own_edits(project)
+        if not patched:
+            return edits
+        if edits:  # the patches go onto a commit; edits would silently be left out
+            raise UsageError(
+                f"{project.folder} has edits that are not committed, and the patches go onto its HEAD",
+                "commit them, or build with --no-patches",
+            )
+    if project is not None:
+        source.ensure_source()
+    if not patched:
+        return not source.state().clean
+    before = patches.status()
+    if not before.dirty and not before.stopped:
+        before = patches.apply()
+    return before.dirty or not before.applied
+
+
+def _tree(sources: Path) -> str:
+    """Hash of the sources as they lie there; what `turbo-eval init` wrote among them doesn't count."""
+    project = paths.project()
+    own = project is not None and sources == project.folder
+    return working_tree_hash(sources, without=BESIDE_THE_SOURCES if own else ())
+
+
+def _require_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend}", f"choose one of {', '.join(BACKENDS)}")
+
+
+def _read_record(folder: Path) -> Build | None:
+    try:
+        data = json.loads((folder / _RECORD).read_text())
+        return Build(**(data | {"bin_dir": folder / data["bin_dir"], "flags": tuple(data["flags"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write_record(folder: Path, made: Build) -> None:
+    with atomic_write(folder / _RECORD) as stream:
+        stream.write(json.dumps(asdict(made) | {"bin_dir": "bin"}, indent=1).encode())
+
+
+def _environment() -> dict[str, str]:
+    env = dict(os.environ)
+    # Cache hits across clones and worktrees: paths below the clone count as relative.
+    project = paths.project()
+    env.setdefault("CCACHE_BASEDIR", str(project.folder if project else paths.repo_root()))
+    env.setdefault("CCACHE_NOHASHDIR", "1")
+    # A venv's ninja is not on PATH when its python is called by its full name.
+    env["PATH"] = f"{env.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
+    return env
+
+
+def _configure(
+    cmake: Path, ninja: Path, worktree: Path, folder: Path, chosen: dict[str, str], compiler: str, log: Path
+) -> None:
+    cache, note = folder / "CMakeCache.txt", folder / "compiler.txt"
+    stale = cache.is_file() and (
+        f"CMAKE_HOME_DIRECTORY:INTERNAL={worktree}\n" not in cache.read_text(errors="replace")
+        or not note.is_file()
+        or note.read_text() != compiler
+    )
+    if stale:  # the clone was moved, or another compiler: cmake would keep or refuse the old ones
+        cache.unlink()
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(compiler)
+    command: list[str | Path] = [
+        cmake,
+        "-S",
+        worktree,
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+    ]
+    command += [f"-D{key}={value}" for key, value in chosen.items()]
+    with log.open("wb") as stream:
+        code = subprocess.run(
+            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
+        ).returncode
+    if code:
+        raise EnvironmentProblem(f"cmake could not configure: {_first_error(log)}", f"read {log}")
+
+
+def _compile(
+    ninja: Path, folder: Path, targets: Sequence[str], jobs: int, log: Path, console: Console, backend: str
+) -> None:
+    command: list[str | Path] = [ninja, "-C", folder, f"-j{jobs}", *targets]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    live = console.is_terminal
+    started, told = time.monotonic(), 0
+    with (
+        log.open("ab") as stream,
+        Progress(*columns, console=console, disable=not live) as bar,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=_environment() | {"NINJA_STATUS": "[%f/%t] "},
+        ) as process,
+    ):
+        task = bar.add_task(f"build {backend}", total=None, what="")
+        assert process.stdout is not None
+        try:
+            for raw in process.stdout:
+                stream.write(raw)
+                step = re.match(rb"\[(\d+)/(\d+)\] (.*)", raw)
+                if not step:
+                    continue
+                done, total = int(step[1]), int(step[2])
+                what = step[3].decode(errors="replace").rsplit("/", 1)[-1]
+                bar.update(task, completed=done, total=total, what=what[:40])
+                if not live and done * 10 // total > told:
+                    told = done * 10 // total
+                    spent = time.monotonic() - started
+                    console.print(f"build {backend}: {done}/{total}, {spent:.0f} s", highlight=False)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise EnvironmentProblem(f"the {backend} build failed: {_first_error(log)}", f"read {log}")
+
+
+def _first_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    marks = ("error:", "CMake Error", "ninja: error", "fatal error")
+    hits = [index for index, line in enumerate(lines) if any(mark in line for mark in marks)]
+    if not hits:
+        return lines[-1].strip() if lines else "it said nothing"
+    first = hits[0]
+    # "CMake Error at file:line (command):" is followed by the message itself, in paragraphs
+    block = lines[first : first + (8 if "CMake" in lines[first] else 1)]
+    text = " ".join(line.strip() for line in block if line.strip())
+    return text[:300]

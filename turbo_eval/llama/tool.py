@@ -1,0 +1,103 @@
+"""llama-perplexity: what this build of it can do, and the command line for a cell."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.llama.build import Build
+from turbo_eval.records.record import Cell
+from turbo_eval.util.process import child_environment
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Cache types that the tool's --help lists, and whether it has --kv-anchor."""
+
+    cache_types: frozenset[str]
+    kv_anchor: bool
+
+
+def capabilities(build: Build) -> Capabilities:
+    """Ask the build's llama-perplexity.
+
+    Raises:
+        EnvironmentProblem: it is missing or doesn't run.
+    """
+    return _capabilities(build.tool("llama-perplexity"))
+
+
+@lru_cache
+def _capabilities(tool: Path) -> Capabilities:
+    env, _ = child_environment()
+    try:
+        done = subprocess.run(
+            [tool, "--help"], capture_output=True, text=True, errors="replace", env=env, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentProblem(f"{tool} does not run: {error}", "rebuild it") from None
+    text = done.stdout + done.stderr
+    types = re.search(r"--cache-type-k\b.*?allowed values:\s*([\w, \n]+?)\n\s*\(", text, re.S)
+    if types is None:
+        reason = text.strip().splitlines()[-1] if text.strip() else f"exit code {done.returncode}"
+        raise EnvironmentProblem(f"{tool} --help names no cache types: {reason}", "rebuild it")
+    return Capabilities(frozenset(t.strip() for t in types[1].split(",") if t.strip()), "--kv-anchor" in text)
+
+
+def check_types(build: Build, pairs: tuple[tuple[str, str], ...]) -> None:
+    """Refuse cache types that the build does not know, before anything runs.
+
+    Raises:
+        UsageError: names the first one and what is known.
+    """
+    known = capabilities(build).cache_types
+    for name in dict.fromkeys(t for pair in pairs for t in pair):
+        if name not in known:
+            raise UsageError(
+                f"the build in {build.bin_dir} does not know the cache type {name}"
+                f" (it knows {', '.join(sorted(known))})",
+                "leave it out or use the patched build",
+            )
+
+
+# Plain, complete, machine-readable output: level 4 is where the KV cache describes itself.
+_LOGGING = ("--verbosity", "4", "--log-colors", "off", "--no-log-prefix", "--no-log-timestamps")
+
+
+def perplexity_argv(
+    cell: Cell,
+    build: Build,
+    *,
+    model: Path,
+    corpus: Path,
+    threads: int,
+    anchor: str | Path | None = None,
+    logits_out: Path | None = None,
+    logits_base: Path | None = None,
+) -> list[str]:
+    """The llama-perplexity command for a cell.
+
+    Args:
+        anchor: value for --kv-anchor; None leaves the flag out.
+        logits_out: write the run's log-probabilities there.
+        logits_base: compare with the log-probabilities there (KL divergence); the text is then
+            taken from that file.
+    """
+    argv = [str(build.tool("llama-perplexity")), "-m", str(model), "-f", str(corpus)]
+    argv += ["-c", str(cell.ctx), "-b", str(cell.batch), "-ub", str(cell.ubatch)]
+    argv += ["--chunks", str(cell.chunks), "-ctk", cell.k, "-ctv", cell.v]
+    argv += ["-fa", "on" if cell.flash_attn else "off", "-t", str(threads)]
+    # --fit would change unset arguments to what fits the device's memory.
+    argv += ["-fit", "off", "--no-warmup"]
+    argv += ["--device", "none"] if cell.backend == "cpu" else ["-ngl", "999"]
+    if anchor is not None:
+        argv += ["--kv-anchor", str(anchor)]
+    if logits_out is not None:
+        argv += ["--kl-divergence-base", str(logits_out)]
+    if logits_base is not None:
+        argv += ["--kl-divergence", "--kl-divergence-base", str(logits_base)]
+    return [*argv, *_LOGGING]

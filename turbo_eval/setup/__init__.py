@@ -1,0 +1,1 @@
+"""From nothing to a project, and what is missing in one."""

@@ -1,0 +1,230 @@
+"""SweepSpec → the cells to run, in the order to run them, with what is on record."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
+from turbo_eval.inputs.models import ModelFile, resolve_model
+from turbo_eval.llama.build import Build
+from turbo_eval.llama.tool import capabilities, check_types
+from turbo_eval.records.record import Cell, Record
+from turbo_eval.sweep.spec import METRICS, Metric, SweepSpec
+from turbo_eval.util.process import relevant_environment
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and where its inputs lie. `anchor` is the value for --kv-anchor, None: no flag."""
+
+    cell: Cell
+    model: ModelFile
+    corpus: CorpusFile
+    anchor: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a sweep, baseline first in each comparison."""
+
+    spec: SweepSpec
+    build: Build
+    jobs: tuple[Job, ...]
+    threads: int
+
+    def cells(self) -> list[Cell]:
+        return [job.cell for job in self.jobs]
+
+
+def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
+    """Resolve models and corpus, check every pair against model and build, lay out the cells.
+
+    Raises:
+        UsageError: a type the build doesn't know, a block that doesn't divide head_dim, a corpus
+            that cannot hold the context, an anchor that isn't there, a missing or broken model.
+    """
+    check_types(build, spec.pairs)
+    name = default_name() if spec.corpus == "default" else spec.corpus
+    corpus = resolve_corpus(name, download=download)
+    for ctx in spec.ctx:
+        # A token is at least one byte (a BOS may come on top), so this is certain without a tokenizer.
+        if corpus.size + 1 < 2 * ctx:
+            raise UsageError(
+                f"corpus {corpus.name} has {corpus.size} bytes, too few for two contexts of {ctx} tokens",
+                "take a longer text or a smaller --ctx",
+            )
+    anchors = check_anchors(spec.anchor, build)
+    env = relevant_environment()
+    jobs: list[Job] = []
+    for name in spec.models:
+        model = resolve_model(name, download=download)
+        for pair in spec.pairs:
+            check_blocks(model, pair)
+        for ctx in spec.ctx:
+            for metric in wanted_metrics(spec.metrics):
+                for anchor in anchors:
+                    for k, v in ordered_pairs(spec, metric):
+                        cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, build, env)
+                        flag = anchor if capabilities(build).kv_anchor else None
+                        jobs.append(Job(cell, model, corpus, flag))
+    unique = {job.cell.key(): job for job in reversed(jobs)}
+    kept = [job for job in jobs if unique.get(job.cell.key()) is job]
+    return Plan(spec, build, tuple(kept), spec.threads or os.cpu_count() or 1)
+
+
+def wanted_metrics(metrics: Iterable[Metric]) -> list[Metric]:
+    """In order of worth per second. A "kld" cell yields perplexity too, so "ppl" is dropped beside
+    it; "decode" needs a batched number to compare with, so "ppl" is added where there is none."""
+    wanted = set(metrics)
+    if "kld" in wanted:
+        wanted.discard("ppl")
+    elif "decode" in wanted:
+        wanted.add("ppl")
+    return [m for m in METRICS if m in wanted]
+
+
+def ordered_pairs(spec: SweepSpec, metric: Metric = "ppl") -> list[tuple[str, str]]:
+    """What others are compared with first, the rest as given: the baseline, and for generation
+    f16:f16, which is added where the sweep does not have it."""
+    first = [("f16", "f16")] if metric in ("greedy", "needle") else []
+    return list(dict.fromkeys([*first, spec.baseline, *spec.pairs]))
+
+
+def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
+    """Refuse a pair whose blocks don't divide the model's head dimensions.
+
+    Raises:
+        UsageError: names the type, its block, the model and its head_dim.
+    """
+    info = model.gguf
+    for side, name, dim in (("K", pair[0], info.head_dim_k), ("V", pair[1], info.head_dim_v)):
+        block = cache_type(name).block
+        if dim and dim % block:
+            raise UsageError(
+                f"{name} works on blocks of {block} values, which do not divide head_dim {dim}"
+                f" of {side} in {model.name}",
+                "leave the pair out or take another type for it",
+            )
+
+
+_ANCHOR_MODES = ("auto", "on", "off")
+
+
+def check_anchors(asked: tuple[str, ...] | None, build: Build) -> tuple[str, ...]:
+    """The anchors that were asked for; None: what the build does by itself.
+
+    Raises:
+        UsageError: the build has no anchor, or one is neither a mode nor a file.
+    """
+    able = capabilities(build).kv_anchor
+    if asked is None:
+        return ("auto",) if able else ("off",)
+    for anchor in asked:
+        if anchor != "off" and not able:
+            raise UsageError(
+                f"the build in {build.bin_dir} has no --kv-anchor, so anchor {anchor!r} cannot be run",
+                'use anchor "off" or the patched build',
+            )
+        if anchor not in _ANCHOR_MODES and not Path(anchor).is_file():
+            raise UsageError(
+                f"anchor {anchor!r} is not auto, on or off, and no file of that name is there",
+                "make the file first",
+            )
+    return asked
+
+
+def _cell(
+    spec: SweepSpec,
+    metric: Metric,
+    model: ModelFile,
+    corpus: CorpusFile,
+    k: str,
+    v: str,
+    ctx: int,
+    anchor: str,
+    build: Build,
+    env: dict[str, str],
+) -> Cell:
+    in_file = anchor not in _ANCHOR_MODES
+    options: dict[str, Any] = {}
+    chunks, ubatch = spec.chunks, min(spec.ubatch, ctx)
+    if metric == "decode":
+        chunks, ubatch = min(spec.decode.chunks, spec.chunks), 1
+        options = {"batched_ubatch": min(spec.ubatch, ctx), "batched_chunks": spec.chunks}
+        options["bound_pct"] = spec.decode.bound_pct
+    elif metric == "greedy":
+        options = spec.greedy.model_dump(mode="json")
+    elif metric == "needle":
+        options = spec.needle.model_dump(mode="json")
+    return Cell(
+        metric=metric,
+        model=model.name,
+        model_sha256=model.sha256,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        k=k,
+        v=v,
+        ctx=ctx,
+        chunks=chunks,
+        batch=ctx,  # one sequence at a time: KV size and memory are those of this context
+        ubatch=ubatch,
+        anchor=anchor,
+        anchor_sha256=hashlib.sha256(Path(anchor).read_bytes()).hexdigest() if in_file else "",
+        backend=spec.backend,
+        tree=build.tree,
+        env=env,
+        options=options,
+    )
+
+
+def batched_cell(cell: Cell, metric: Metric) -> Cell:
+    """The batched cell over the same text that a decode cell is compared with."""
+    return cell.model_copy(
+        update={
+            "metric": metric,
+            "ubatch": cell.options["batched_ubatch"],
+            "chunks": cell.options["batched_chunks"],
+            "options": {},
+        }
+    )
+
+
+def references(cell: Cell) -> tuple[Cell, ...]:
+    """The cells whose records are looked up when `cell` is judged, in order of preference: they come
+    before it in a plan, and a machine that runs it alone must be given them."""
+    if cell.metric == "decode":
+        return batched_cell(cell, "ppl"), batched_cell(cell, "kld")
+    if cell.metric in ("greedy", "needle") and (cell.k, cell.v) != ("f16", "f16"):
+        return (cell.model_copy(update={"k": "f16", "v": "f16"}),)
+    return ()
+
+
+def comparison(cell: Cell) -> str:
+    """Cells of one comparison have it in common: one text through one build of one model. A decode
+    cell belongs to the batched run over the same corpus."""
+    return (batched_cell(cell, "ppl") if cell.metric == "decode" else cell).text_key()
+
+
+def estimate_seconds(job: Job, known: Iterable[Record], threads: int) -> float:
+    """Rough duration of a cell: from records of the same model and metric on this machine if there
+    are any, else from the model's size."""
+    cell = job.cell
+    work = cell.ctx * cell.chunks
+    rates = [
+        r.run.seconds / (r.cell.ctx * r.cell.chunks)
+        for r in known
+        if r.ok and r.cell.metric == cell.metric and r.cell.model_sha256 == cell.model_sha256
+    ]
+    if rates:
+        return 1.0 + work * sorted(rates)[len(rates) // 2]
+    parameters = job.model.size * 8 / 5  # about five bits a weight
+    if cell.metric == "decode":
+        return 2.0 + work * job.model.size / 6e9  # each token reads all weights once
+    return 2.0 + work * 2 * parameters / (threads * 3e10)

@@ -1,0 +1,123 @@
+"""Live progress of a sweep, on stderr so that stdout stays data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+from turbo_eval.records.record import Record
+from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.run import Reporter
+
+
+@contextmanager
+def live(plan: Plan) -> Iterator[Reporter]:
+    """A rich display on a terminal, one line a cell elsewhere."""
+    if not sys.stderr.isatty():
+        yield LineReporter(len(plan.jobs))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[ppl]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        Remaining(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _RichReporter(progress, len(plan.jobs))
+
+
+def describe(job: Job) -> str:
+    """ "smollm2-135m q8_0/turbo3 ppl c512"; the anchor where it is not the build's default."""
+    cell = job.cell
+    anchor = f" anchor {cell.anchor}" if job.anchor is not None and cell.anchor != "auto" else ""
+    return f"{cell.model} {cell.k}/{cell.v} {cell.metric} c{cell.ctx}{anchor}"
+
+
+def outcome(record: Record) -> str:
+    """The record's figure in a few words, or its failure."""
+    if not record.ok:
+        return f"{record.status}: {record.detail}"
+    if record.greedy:
+        return f"greedy {record.greedy.agree_pct:.1f} % the same"
+    if record.needle:
+        return f"needle {record.needle.hits} of {record.needle.f16_hits}"
+    parts = [f"PPL {record.ppl:.4f} ± {record.ppl_err:.4f}"]
+    if record.kld:
+        parts.append(f"KLD {record.kld.mean:z.5f}")
+    if record.decode:
+        parts.append(f"batched {record.decode.ppl_batched:.4f} ({record.decode.delta_pct:+.2f} %)")
+    return ", ".join(parts)
+
+
+class LineReporter:
+    """One line a cell on stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def _say(self, number: int, text: str) -> None:
+        print(f"[{number + 1}/{self.total}] {text}", file=sys.stderr, flush=True)
+
+    def begin(self, number: int, job: Job) -> None:
+        self._say(number, f"{describe(job)} …")
+
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
+        pass
+
+    def end(self, number: int, record: Record, *, reused: bool) -> None:
+        how = "on record" if reused else f"{record.run.seconds:.1f} s"
+        pair = f"{record.cell.k}/{record.cell.v} {record.cell.metric}"
+        self._say(number, f"{pair}: {outcome(record)} ({how})")
+
+    def waiting(self, number: int, job: Job) -> None:
+        self._say(number, f"{describe(job)}: another sweep runs it; waiting")
+
+    def note(self, text: str) -> None:
+        """Something about the sweep as a whole, e.g. a worker that was lost."""
+        print(text, file=sys.stderr, flush=True)
+
+
+class _RichReporter(LineReporter):
+    """A bar for the sweep and one for each running cell; finished cells scroll up above them."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        super().__init__(total)
+        self._progress = progress
+        self._all = progress.add_task("cells", total=total, ppl="")
+        self._cells: dict[int, TaskID] = {}
+
+    def _say(self, number: int, text: str) -> None:
+        self._progress.console.print(f"[dim]\\[{number + 1}/{self.total}][/dim] {text}", highlight=False)
+
+    def begin(self, number: int, job: Job) -> None:
+        self._drop(number)
+        self._cells[number] = self._progress.add_task(describe(job), total=job.cell.chunks, ppl="")
+
+    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
+        shown = f"PPL {ppl:.3f}" if ppl is not None else ""
+        if number in self._cells:
+            self._progress.update(self._cells[number], completed=chunk, total=total, ppl=shown)
+
+    def end(self, number: int, record: Record, *, reused: bool) -> None:
+        super().end(number, record, reused=reused)
+        self._drop(number)
+        self._progress.advance(self._all)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def _drop(self, number: int) -> None:
+        if number in self._cells:
+            self._progress.remove_task(self._cells.pop(number))

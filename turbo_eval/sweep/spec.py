@@ -1,0 +1,315 @@
+"""TOML → validated models. Unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from turbo_eval.errors import TurboEvalError, UsageError
+from turbo_eval.formats.cache_types import parse_pair
+
+Metric = Literal["ppl", "kld", "decode", "greedy", "needle"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+Backend = Literal["cpu", "metal", "cuda"]
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+class DecodeSpec(_Strict):
+    """The decode-path metric: `chunks` of text through ubatch 1.
+
+    Attributes:
+        chunks: how many chunks; taken from the start of the corpus, as in the batched cell.
+        bound_pct: largest allowed |PPL(ubatch 1) / PPL(batched) − 1|, in percent; more where the pair's
+            KL divergence is on record and explains more.
+            Any difference in rounding is amplified by the 8-bit quantization of activations: exact
+            f16 caches differ by 1 to 2 % over 127 tokens, 0.2 % over 254 (SmolLM2, CPU).
+    """
+
+    chunks: int = Field(default=2, ge=1)
+    bound_pct: float = Field(default=2.0, gt=0)
+
+
+class GreedySpec(_Strict):
+    """Greedy agreement: `tokens` generated after each of `prompts` passages of `prompt_tokens`."""
+
+    prompts: int = Field(default=4, ge=1)
+    prompt_tokens: int = Field(default=128, ge=8)
+    tokens: int = Field(default=32, ge=1)
+
+
+class NeedleSpec(_Strict):
+    """Needle retrieval: context lengths in tokens, depths as fractions of the context."""
+
+    lengths: tuple[int, ...] = (512, 1024)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+
+    @field_validator("depths")
+    @classmethod
+    def _fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 <= d <= 1 for d in value):
+            raise ValueError("depths are fractions from 0 to 1")
+        return value
+
+
+class SweepSpec(_Strict):
+    """What to run. Lists multiply: models × contexts × anchors × metrics × pairs.
+
+    Attributes:
+        models: registry names or paths.
+        corpus: registry name or path.
+        pairs: (K, V) cache types.
+        baseline: the pair that ΔPPL is taken against; must be among the pairs.
+        metrics: what to measure; "kld" also yields perplexity.
+        ctx: context lengths in tokens.
+        chunks: chunks of `ctx` tokens, from the start of the corpus.
+        ubatch: physical batch in tokens.
+        anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
+        threads: CPU threads; None: all cores.
+        timeout: seconds a cell may take; None: as long as it goes on saying something.
+    """
+
+    name: str = "sweep"
+    models: tuple[str, ...] = ("smollm2-135m",)
+    corpus: str = "default"
+    pairs: tuple[tuple[str, str], ...]
+    baseline: tuple[str, str] = ("f16", "f16")
+    metrics: tuple[Metric, ...] = ("ppl",)
+    ctx: tuple[int, ...] = (512,)
+    chunks: int = Field(default=8, ge=1)
+    ubatch: int = Field(default=512, ge=1)
+    backend: Backend = "cpu"
+    anchor: tuple[str, ...] | None = None
+    threads: int | None = Field(None, ge=1)
+    timeout: float | None = Field(None, gt=0)
+    decode: DecodeSpec = DecodeSpec()
+    greedy: GreedySpec = GreedySpec()
+    needle: NeedleSpec = NeedleSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for one, many in (("model", "models"), ("metric", "metrics")):
+            if one in data:
+                if many in data:
+                    raise ValueError(f"give {one} or {many}, not both")
+                data[many] = data.pop(one)
+        for key in ("models", "metrics", "ctx", "anchor"):
+            if data.get(key) is not None:
+                data[key] = _as_list(data[key])
+        data["pairs"] = _pairs(data.pop("pairs", None), data.pop("k", None), data.pop("v", None))
+        if "baseline" in data:
+            data["baseline"] = _pair(data["baseline"])
+        elif data["pairs"] and ("f16", "f16") not in data["pairs"]:
+            # Without f16 in the sweep the most precise thing in it is the first pair.
+            data["baseline"] = data["pairs"][0]
+        return data
+
+    @field_validator("ctx")
+    @classmethod
+    def _contexts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(c < 16 for c in value):
+            raise ValueError("a context must be at least 16 tokens")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> SweepSpec:
+        if not self.pairs:
+            raise ValueError('no K/V pairs; give pairs = ["q8_0:turbo3"] or k and v')
+        if self.baseline not in self.pairs:
+            raise ValueError(f"the baseline {self.baseline[0]}:{self.baseline[1]} is not among the pairs")
+        return self
+
+
+class Check(_Strict):
+    """One gate check. Every bound given must hold for every cell the patterns match.
+
+    Attributes:
+        pairs: K:V patterns as fnmatch takes them, e.g. "q8_0:turbo*".
+        model: pattern on the model's name.
+        anchor: pattern on the anchor asked for.
+        max_ppl, max_delta_pct, max_kld, min_same_top_pct, max_decode_pct: bounds on a number.
+        baseline: pair that max_delta_pct compares with; None: the sweep's.
+        must_fail: turns the check round: at least one bound must be broken, by a number.
+        status: the status that is expected instead of a number, e.g. "nan".
+    """
+
+    pairs: tuple[str, ...]
+    name: str = ""
+    model: str = "*"
+    anchor: str = "*"
+    baseline: tuple[str, str] | None = None
+    max_ppl: float | None = None
+    max_delta_pct: float | None = None
+    max_kld: float | None = None
+    min_same_top_pct: float | None = None
+    max_decode_pct: float | None = None
+    must_fail: bool = False
+    status: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "pair" in data:
+            data["pairs"] = [data.pop("pair")]
+        if "pairs" in data:
+            data["pairs"] = [_pattern(p) for p in _as_list(data["pairs"])]
+        if data.get("baseline") is not None:
+            data["baseline"] = _pair(data["baseline"])
+        return data
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Check:
+        if not self.bounds() and self.status is None:
+            raise ValueError("a check needs a bound (max_ppl, max_delta_pct, …) or a status")
+        if self.status is not None and (self.bounds() or self.must_fail):
+            raise ValueError("a check expects a status or bounds, not both")
+        return self
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds given, by field name."""
+        names = ("max_ppl", "max_delta_pct", "max_kld", "min_same_top_pct", "max_decode_pct")
+        return {n: x for n in names if (x := getattr(self, n)) is not None}
+
+
+class GateSpec(_Strict):
+    """A gate: the sweep whose records are judged and the checks on them."""
+
+    sweep: SweepSpec
+    check: tuple[Check, ...] = Field(min_length=1)
+
+
+def _pattern(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no K:V pattern")
+    text = text.replace("/", ":")
+    return text if ":" in text else f"{text}:{text}"
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if isinstance(value, str):
+        return parse_pair(value)
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return parse_pair(f"{value[0]}:{value[1]}")
+    raise ValueError(f'{value!r} is no K:V pair; write it like "q8_0:turbo3"')
+
+
+def _pairs(pairs: Any, k: Any, v: Any) -> list[tuple[str, str]]:
+    """Explicit pairs, or every k × v; duplicates are dropped, order is kept."""
+    found: list[tuple[str, str]] = []
+    if pairs is not None:
+        found += [_pair(p) for p in _as_list(pairs)]
+    if k is not None or v is not None:
+        if k is None or v is None:
+            raise ValueError("k and v belong together")
+        found += [_pair([a, b]) for a in _as_list(k) for b in _as_list(v)]
+    return list(dict.fromkeys(found))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UsageError: missing, unreadable, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config {path} does not exist", "see `ls configs`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"config {path} is not TOML: {error}") from None
+
+
+def sweep_spec(data: dict[str, Any], source: str) -> SweepSpec:
+    """Validate a sweep; `source` names it in errors.
+
+    Raises:
+        UsageError: anything wrong in it.
+    """
+    return _validated(SweepSpec, data, source)
+
+
+def load_sweep_data(path: Path) -> dict[str, Any]:
+    """The sweep part of a config file, unvalidated: a gate's [sweep] table or the whole file."""
+    data = read_toml(path)
+    if "check" in data and "sweep" in data:
+        return dict(data["sweep"])
+    data.setdefault("name", path.stem)
+    return data
+
+
+def load_gate(path: Path, *, backend: str | None = None) -> GateSpec:
+    """Read a gate.
+
+    Args:
+        backend: in place of the one that the sweep names.
+
+    Raises:
+        UsageError: anything wrong in it.
+    """
+    data = read_toml(path)
+    if "check" not in data:
+        raise UsageError(f"config {path} has no [[check]]", "add one, as in configs/gates.toml")
+    if isinstance(data.get("sweep"), dict):
+        data["sweep"].setdefault("name", path.stem)
+        if backend is not None:
+            data["sweep"]["backend"] = backend
+    return _validated(GateSpec, data, str(path))
+
+
+def _validated(model: type[_M], data: dict[str, Any], source: str) -> _M:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            key = str(first["loc"][-1])
+            near = get_close_matches(key, _known_keys(model, first["loc"][:-1]), n=1)
+            step = f"perhaps you meant {near[0]!r}" if near else "remove it"
+            raise UsageError(f"{source}: unknown key {where!r}", step) from None
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, TurboEvalError):
+            raise UsageError(f"{source}: {cause.message}", cause.next_step) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{source}: {where + ': ' if where else ''}{message}") from None
+    except UsageError as error:
+        raise UsageError(f"{source}: {error.message}", error.next_step) from None
+
+
+_ALIASES = {SweepSpec: ("model", "metric", "k", "v"), Check: ("pair",)}
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the (nested) model that `loc` leads to."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = (field.annotation, *get_args(field.annotation))
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return [*model.model_fields, *_ALIASES.get(model, ())]

@@ -1,0 +1,1 @@
+"""Paths, the project, git, processes: what knows nothing of llama.cpp."""

@@ -1,0 +1,204 @@
+"""Run one process: stream its output to a log and a callback, time it, end it when it hangs."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.records.store import writing
+from turbo_eval.util import paths
+
+_PR_SET_PDEATHSIG = 1
+# A process that says nothing for this long hangs: llama-perplexity speaks after every chunk.
+SILENCE_LIMIT = 3600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process did.
+
+    Attributes:
+        returncode: as subprocess has it: negative for a signal; None if we ended it.
+        timed_out: it outlived its limit, or said nothing for too long, and was ended.
+        stopped: the callback asked for its end.
+        text: everything it wrote, both streams in order.
+        started: UTC, ISO 8601.
+        seconds, cpu_seconds: wall and processor time; peak_mib: resident memory.
+    """
+
+    returncode: int | None
+    timed_out: bool
+    stopped: bool
+    text: str
+    started: str
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+
+    def signal_name(self) -> str | None:
+        """ "SIGSEGV" etc. if a signal ended it."""
+        if self.returncode is None or self.returncode >= 0:
+            return None
+        try:
+            return signal.Signals(-self.returncode).name
+        except ValueError:
+            return f"signal {-self.returncode}"
+
+
+def child_environment(base: Mapping[str, str] | None = None) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The environment for llama.cpp's tools, and the names taken out of it.
+
+    LLAMA_ARG_* set options behind the command line's back, so they are removed: the argv kept in
+    the record is then the whole request. Other GGML_* and LLAMA_* variables stay, are recorded
+    and are part of a cell's identity.
+    """
+    base = os.environ if base is None else base
+    removed = tuple(sorted(n for n in base if n.startswith(("LLAMA_ARG_", "LLAMA_LOG_"))))
+    env = {n: x for n, x in base.items() if n not in removed}
+    env["LC_ALL"] = "C"
+    return env, removed
+
+
+def relevant_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The GGML_* and LLAMA_* variables that llama.cpp's tools will see."""
+    kept, _ = child_environment(env)
+    return {n: kept[n] for n in sorted(kept) if n.startswith(("GGML_", "LLAMA_")) and n not in _HARMLESS}
+
+
+# Where libraries lie and what is printed, not what is computed.
+_HARMLESS = frozenset({"LLAMA_CPP_LIB_PATH", "LLAMA_CACHE", "LLAMA_TRACE", "GGML_NO_BACKTRACE"})
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when turbo-eval is, so that kill -9 leaves no orphan computing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str],
+    timeout: float | None = None,
+    silence: float = SILENCE_LIMIT,
+    on_text: Callable[[str], bool | None] | None = None,
+    cwd: Path | None = None,
+) -> Outcome:
+    """Run `argv`, copying its output to `log` as it comes.
+
+    Args:
+        timeout: seconds it may take in all.
+        silence: seconds it may go without any output.
+        on_text: gets each piece of output; returns True to end the process.
+
+    Raises:
+        EnvironmentProblem: it cannot be started, or the log cannot be written.
+        KeyboardInterrupt: passed on after the process was ended.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begin = heard = time.monotonic()
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sink = log.open("wb", buffering=0)
+    pieces: list[str] = []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
+    timed_out = stopped = False
+    with sink:
+        try:
+            process = subprocess.Popen(
+                [str(a) for a in argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=cwd,
+                start_new_session=True,  # Ctrl-C reaches us alone; we end the child
+                preexec_fn=_die_with_parent,
+            )
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{argv[0]} cannot be started: {error.strerror}", paths.step("build-cpu", "build cpu")
+            ) from None
+        assert process.stdout is not None
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                while True:
+                    now = time.monotonic()
+                    left = silence - (now - heard)
+                    if timeout is not None:
+                        left = min(left, timeout - (now - begin))
+                    if left <= 0:
+                        timed_out = True
+                        break
+                    if not selector.select(min(left, 1.0)):
+                        if process.poll() is not None:
+                            break  # a grandchild may still hold the pipe; the tool itself is done
+                        continue
+                    piece = os.read(process.stdout.fileno(), 1 << 16)
+                    if not piece:
+                        break
+                    heard = time.monotonic()
+                    with writing(log):
+                        sink.write(piece)
+                    pieces.append(decoder.decode(piece))
+                    if on_text and on_text(pieces[-1]):
+                        stopped = True
+                        break
+        except BaseException:
+            _end(process)
+            raise
+        if timed_out or stopped:
+            _end(process)
+    returncode, cpu_seconds, peak_mib = _reap(process)
+    _CHILDREN.append(time.monotonic() - begin)
+    return Outcome(
+        returncode=None if timed_out or stopped else returncode,
+        timed_out=timed_out,
+        stopped=stopped,
+        text="".join(pieces),
+        started=started,
+        seconds=round(_CHILDREN[-1], 3),
+        cpu_seconds=round(cpu_seconds, 3),
+        peak_mib=round(peak_mib, 1),
+    )
+
+
+_CHILDREN: list[float] = []
+
+
+def seconds_in_children() -> float:
+    """Wall seconds that this process has spent in `run` so far: what is not the harness's own."""
+    return sum(_CHILDREN)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and what it started; there is nothing in it worth a farewell."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+
+
+def _reap(process: subprocess.Popen[bytes]) -> tuple[int, float, float]:
+    """Return code, processor seconds and peak resident MiB of the ended process."""
+    if process.stdout:
+        process.stdout.close()
+    if process.returncode is not None:  # poll() has reaped it already; usage is lost
+        return process.returncode, 0.0, 0.0
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
