@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from turbo_eval.formats.cache_types import cache_type
+
 HERE = Path(__file__).resolve().parent
 FLAGS = [
     *("--target=amdgcn-amd-amdhsa", "-mcpu=gfx1030", "-nogpulib", "-ffreestanding"),
@@ -25,9 +27,6 @@ FLAGS = [
     *("-mllvm", "-unroll-threshold=1000000", "-mllvm", "-unroll-max-percent-threshold-boost=1000"),
     *("-mllvm", "-inline-threshold=1000000"),
 ]
-# block size in bytes over values
-BYTES = {"f16": 2, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32, "iq4_nl": 18 / 32}
-BYTES |= {"turbo3": 26 / 64, "turbo4": 34 / 64}
 LANES = {"encode_simd": 32}  # that share a function's values
 
 
@@ -71,7 +70,8 @@ def main() -> int:
         rows = count(out.read_text())
     print(f"{'kernel':12} {'type':8} {'codebook':10} {'bytes':>6} {'work':>7} {'loads':>6} {'row':>5}")
     for kernel, name, variant, work, loads, row in rows:
-        print(f"{kernel:12} {name:8} {variant:10} {BYTES[name]:6.3f} {work:7.1f} {loads:6.2f} {row:5}")
+        width = cache_type(name).bpv / 8
+        print(f"{kernel:12} {name:8} {variant:10} {width:6.3f} {work:7.1f} {loads:6.2f} {row:5}")
     return 0
 
 

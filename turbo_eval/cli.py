@@ -53,7 +53,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from turbo_eval.records.provenance import harness
+        from turbo_eval.llama.provenance import harness
 
         print(f"turbo-eval {harness()} ({_made_for()})")
         raise typer.Exit

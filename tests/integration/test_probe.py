@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from turbo_eval.errors import TurboEvalError, UsageError
+from turbo_eval.formats.codec import reference
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
 from turbo_eval.probe import Setup, compare, render, take
 from turbo_eval.probe.dump import TOOL, Dump
-from turbo_eval.probe.steps import reference, rotate
+from turbo_eval.probe.steps import rotate
 from turbo_eval.util import paths
 
 TOKENS = 32

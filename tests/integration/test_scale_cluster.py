@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from turbo_eval.errors import EnvironmentProblem, IncompleteError
-from turbo_eval.records.provenance import machine
+from turbo_eval.llama.provenance import machine
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import read_all
 from turbo_eval.scale import overhead

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from turbo_eval.formats import packing
+from turbo_eval.formats.cache_types import BOOKS
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
-from turbo_eval.selftest import Selftest, layout
+from turbo_eval.selftest import Selftest
 from turbo_eval.selftest.checks import all_checks
 from turbo_eval.util import paths
 
@@ -37,12 +39,12 @@ def test_the_build_passes(turbo_build: Build) -> None:
 
 @pytest.mark.parametrize("name", ["turbo3", "turbo4"])
 def test_the_reference_layout_reads_what_it_writes(name: str) -> None:
-    scale, codes = layout.every_code_everywhere(name)
-    read_scale, read = layout.unpack(name, layout.pack(name, scale, codes))
+    scale, codes = packing.every_code_everywhere(name)
+    read_scale, read = packing.unpack(name, packing.pack(name, scale, codes))
     assert np.array_equal(scale, read_scale)
     assert np.array_equal(codes, read)
-    n = 2 * len(layout.BOOKS[name].magnitudes)
-    for position in range(layout.BLOCK):
+    n = 2 * len(BOOKS[name].magnitudes)
+    for position in range(packing.BLOCK):
         assert set(codes[:, position]) == set(range(n))
 
 
@@ -213,3 +215,23 @@ def test_a_fault_fails_its_line_and_no_other(
     assert found.keys() == expected.keys()
     for name, words in expected.items():
         assert words in found[name]
+
+
+@pytest.mark.build
+def test_a_type_that_the_build_lacks_is_a_line_and_no_read_past_the_table(turbo_build: Build) -> None:
+    """In a process of its own: the search for a type that isn't there ran on into other memory."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from turbo_eval.formats.cache_types import CACHE_TYPES, CacheType\n"
+        "CACHE_TYPES['own9'] = CacheType('own9', 32, 20)\n"
+        "from turbo_eval.selftest.checks import run_checks\n"
+        "from turbo_eval.selftest.ggml import Ggml\n"
+        "ggml = Ggml(Path(sys.argv[1]), 'cpu')\n"
+        "print(*(r.detail for _, r in run_checks(ggml, ['attention own9:q8_0']) if r))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(turbo_build.bin_dir)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "this build does not have the type own9"), (
+        done.stderr
+    )

@@ -248,7 +248,7 @@ def test_two_sweeps_at_once_share_the_work(cli: Cli) -> None:
 
 def test_full_disk(cli: Cli, build: Build) -> None:
     """/dev/full answers every write as a full disk does."""
-    from turbo_eval.records.provenance import machine
+    from turbo_eval.llama.provenance import machine
 
     logs = cli.results / machine().id / "logs"
     logs.mkdir(parents=True)

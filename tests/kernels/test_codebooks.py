@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from turbo_eval.formats.cache_types import BOOKS, Codebook
 from turbo_eval.formats.codebooks import (
-    CODEBOOKS,
-    TURBO3,
-    Codebook,
     encode,
     gaussians,
     lloyd_step,
@@ -28,7 +26,7 @@ BOUNDS = {"turbo3": 0.0265, "turbo4": 0.0061}
 BLOCK_BYTES = {"turbo3": 26, "turbo4": 34}
 
 
-@pytest.mark.parametrize("book", CODEBOOKS, ids=lambda b: b.name)
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
 def test_the_patch_holds_the_frozen_table(book: Codebook) -> None:
     text = "".join(path.read_text() for path in paths.patches_dir().glob("*.patch"))
     table = re.search(rf"GGML_TABLE_BEGIN\(int8_t, kvalues_{book.name}_mag, \d\)\n\+([^\n]*)\n", text)
@@ -39,7 +37,7 @@ def test_the_patch_holds_the_frozen_table(book: Codebook) -> None:
     assert float(rms1.group(1)) == book.rms1
 
 
-@pytest.mark.parametrize("book", CODEBOOKS, ids=lambda b: b.name)
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
 def test_a_lloyd_step_stays_on_the_frozen_levels(book: Codebook) -> None:
     levels = np.array(book.magnitudes, dtype=np.float64)
     moved = lloyd_step(gaussians(2**18, seed=3, octave=True), levels, book.rms1)
@@ -48,7 +46,7 @@ def test_a_lloyd_step_stays_on_the_frozen_levels(book: Codebook) -> None:
 
 def test_a_wrong_level_is_no_fixed_point() -> None:
     levels = np.array([13, 41, 74, 123 * 0.8])
-    moved = lloyd_step(gaussians(2**16, seed=3, octave=True), levels, TURBO3.rms1)
+    moved = lloyd_step(gaussians(2**16, seed=3, octave=True), levels, BOOKS["turbo3"].rms1)
     assert np.abs(moved - levels).max() > 3
 
 
@@ -81,7 +79,7 @@ def library(build: Build) -> Library:
     return Library(build.bin_dir)
 
 
-@pytest.mark.parametrize("book", CODEBOOKS, ids=lambda b: b.name)
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
 def test_mse_of_a_million_gaussians(library: Library, book: Codebook) -> None:
     x = gaussians(2**20, seed=11, octave=False)
     flat = x.astype(np.float32).ravel()
@@ -97,7 +95,7 @@ def test_mse_of_a_million_gaussians(library: Library, book: Codebook) -> None:
 
 def unpack(name: str, block: NDArray[np.uint8]) -> NDArray[np.float64]:
     """One block as docs/cache-types.md describes it, value by value."""
-    magnitudes = next(book.magnitudes for book in CODEBOOKS if book.name == name)
+    magnitudes = next(book.magnitudes for book in BOOKS.values() if book.name == name)
     out = np.zeros(64)
     for value in range(64):
         group, i = divmod(value, 32)

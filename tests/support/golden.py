@@ -22,7 +22,7 @@ from turbo_eval.cli import main
 from turbo_eval.inputs.corpora import resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.build import Build
-from turbo_eval.records.provenance import machine
+from turbo_eval.llama.provenance import machine
 from turbo_eval.records.record import Decode, Record
 from turbo_eval.records.store import Store
 

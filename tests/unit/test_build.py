@@ -13,9 +13,9 @@ from tests.support import toy as toys
 from tests.support.toy import Toy, commit
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama import build as builds
-from turbo_eval.llama import patches, toolchain
+from turbo_eval.llama import patches, provenance, toolchain
 from turbo_eval.llama.build import Build, build, find_build
-from turbo_eval.records import provenance
+from turbo_eval.records.provenance import Provenance
 
 TARGETS = ("llama-perplexity",)
 
@@ -168,6 +168,6 @@ def test_provenance_says_what_and_not_who(toy: Toy) -> None:
     assert known.machine.cores >= 1
     host = subprocess.run(["uname", "-n"], capture_output=True, text=True, check=True).stdout.strip()
     assert host not in known.model_dump_json()
-    assert provenance.Provenance.model_validate_json(known.model_dump_json()) == known
+    assert Provenance.model_validate_json(known.model_dump_json()) == known
     foreign = Build(**(asdict(made) | {"stamp": ""}))
     assert provenance.collect(foreign).series == ""

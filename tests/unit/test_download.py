@@ -14,9 +14,10 @@ import pytest
 from tests.support.server import Files, index, serve, wheel
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.inputs import download, package_index
-from turbo_eval.inputs.download import FileMemory, HashMismatch, fetch, file_sha256
+from turbo_eval.inputs.download import HashMismatch, fetch
 from turbo_eval.inputs.package_index import RemoteFile, find_file, parse_pip_config
 from turbo_eval.inputs.registry import Entry, WheelSource, acquire
+from turbo_eval.util.files import FileMemory, file_sha256
 
 DATA = random.Random(1).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

@@ -18,10 +18,9 @@ from tests.support import toy as toys
 from tests.support.records import make_cell
 from turbo_eval import scale
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.inputs.download import FileMemory, file_sha256, sha256_of
 from turbo_eval.llama import build as builds
 from turbo_eval.llama import patches
-from turbo_eval.records.provenance import machine
+from turbo_eval.llama.provenance import machine
 from turbo_eval.scale import entry, guard
 from turbo_eval.scale.content import Content, RefusedError
 from turbo_eval.scale.placement import Placement
@@ -30,6 +29,7 @@ from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_ad
 from turbo_eval.scale.tree import matching_build
 from turbo_eval.scale.wire import Admit, Measure, Need, Source
 from turbo_eval.scale.worker import Cells, Device, find_device
+from turbo_eval.util.files import FileMemory, file_sha256, sha256_of
 
 DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}
 ANY = float("inf")

@@ -11,7 +11,7 @@ from turbo_eval.analysis.table import Summary
 from turbo_eval.bench.run import BenchRecord, pair_label
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

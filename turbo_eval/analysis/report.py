@@ -13,7 +13,7 @@ from turbo_eval.analysis.table import Summary
 from turbo_eval.bench.run import UNVERIFIED, BenchRecord, pair_label, quality
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.record import Record
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import writing
 
 HEATS = (
     ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),

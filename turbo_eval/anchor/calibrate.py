@@ -9,10 +9,9 @@ from pathlib import Path
 from turbo_eval import __version__
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.inputs.corpora import CorpusFile
-from turbo_eval.inputs.download import file_sha256
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import file_sha256, writing
 from turbo_eval.util.process import child_environment, run
 
 TOOL = "llama-kv-calibrate"

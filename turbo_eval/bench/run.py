@@ -19,7 +19,7 @@ from turbo_eval.llama.build import Build
 from turbo_eval.metrics import judge
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Effective, Record, Status
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, relevant_environment, run
 
 BENCH_SCHEMA = 1

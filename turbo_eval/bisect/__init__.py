@@ -11,14 +11,14 @@ from turbo_eval.bisect.condition import Condition, numbers
 from turbo_eval.bisect.history import History, UntestableError, bisect_dir, search
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
-from turbo_eval.inputs.download import lock
 from turbo_eval.inputs.models import resolve_model
-from turbo_eval.records.provenance import collect, machine
+from turbo_eval.llama.provenance import collect, machine
 from turbo_eval.records.record import Record, Status
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import Job, make_plan
 from turbo_eval.sweep.run import run_sweep
 from turbo_eval.sweep.spec import Metric, SweepSpec
+from turbo_eval.util.files import lock
 from turbo_eval.util.paths import results_dir
 
 __all__ = ["Bisection", "Condition", "Estimate", "Measured", "Outcome", "UntestableError"]

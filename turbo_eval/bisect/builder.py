@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from turbo_eval.bisect.history import History, UntestableError, bisect_dir, checkout
-from turbo_eval.inputs.download import atomic_write
 from turbo_eval.llama import build as builds
 from turbo_eval.llama import toolchain
 from turbo_eval.llama.build import Build
 from turbo_eval.util import paths
+from turbo_eval.util.files import atomic_write
 from turbo_eval.util.git import git
 
 TARGET = "llama-perplexity"

@@ -68,7 +68,7 @@ def _save(figure: object, out: Path) -> None:
     from matplotlib.figure import Figure
 
     from turbo_eval.errors import UsageError
-    from turbo_eval.records.store import writing
+    from turbo_eval.util.files import writing
 
     assert isinstance(figure, Figure)
     if out.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():

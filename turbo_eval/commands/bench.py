@@ -60,8 +60,8 @@ def bench(
     from turbo_eval.formats.cache_types import parse_pair
     from turbo_eval.inputs.models import resolve_model
     from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
+    from turbo_eval.llama.provenance import collect
     from turbo_eval.llama.tool import capabilities, check_types
-    from turbo_eval.records.provenance import collect
     from turbo_eval.records.store import Store
     from turbo_eval.sweep.plan import check_anchors, check_blocks
     from turbo_eval.util.paths import results_dir

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         from turbo_eval.llama import build as builds
 
         if key:
-            from turbo_eval.records.provenance import machine
+            from turbo_eval.llama.provenance import machine
 
             made_of = builds.stamp(backend, cuda_archs=cuda_archs, extra=option, patched=patched)
             print(f"{backend}-{machine().id}-{made_of[:20]}")

@@ -26,15 +26,16 @@ def codebooks(
     from rich.table import Table
 
     from turbo_eval.errors import RegressionError
-    from turbo_eval.formats.codebooks import CODEBOOKS, encode, gaussians, mse
+    from turbo_eval.formats.cache_types import BOOKS
     from turbo_eval.formats.codebooks import derive as derive_codebook
+    from turbo_eval.formats.codebooks import encode, gaussians, mse
 
     table = Table("type", "bpv", "magnitudes", "MSE (2^20 unit Gaussians)", "rate-distortion limit")
     if derive:
         table.add_column("derived")
     x = gaussians(2**20, seed=7, octave=False)
     moved = []
-    for book in CODEBOOKS:
+    for book in BOOKS.values():
         levels = np.array(book.magnitudes, dtype=np.float64)
         row = [
             book.name,
@@ -55,6 +56,6 @@ def codebooks(
     if moved:
         raise RegressionError(
             f"the derivation of {', '.join(moved)} no longer gives the frozen codebook",
-            "compare turbo_eval/formats/codebooks.py with the encoder in"
+            "compare turbo_eval/formats/cache_types.py with the encoder in"
             " build/src/ggml/src/ggml-turbo-impl.h",
         )

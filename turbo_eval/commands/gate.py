@@ -36,11 +36,11 @@ def gate(
     ] = None,
 ) -> None:
     from turbo_eval.analysis.gate import run_gate
-    from turbo_eval.inputs.download import atomic_write
-    from turbo_eval.records.provenance import machine
+    from turbo_eval.llama.provenance import machine
     from turbo_eval.records.store import Store
     from turbo_eval.sweep.plan import make_plan
     from turbo_eval.sweep.spec import load_gate
+    from turbo_eval.util.files import atomic_write
     from turbo_eval.util.paths import results_dir
 
     spec = load_gate(config, backend=backend)

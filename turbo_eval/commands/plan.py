@@ -38,8 +38,8 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
+    from turbo_eval.llama.provenance import machine
     from turbo_eval.metrics.base_logits import BaseLogits
-    from turbo_eval.records.provenance import machine
     from turbo_eval.records.store import Store
     from turbo_eval.sweep.plan import estimate_seconds, make_plan
     from turbo_eval.util.paths import results_dir

@@ -42,7 +42,7 @@ def recommend(
     from turbo_eval.analysis.table import by_setting, summarize
     from turbo_eval.errors import UsageError
     from turbo_eval.inputs.models import resolve_model
-    from turbo_eval.records.provenance import collect
+    from turbo_eval.llama.provenance import collect
     from turbo_eval.records.store import Store
     from turbo_eval.util.paths import results_dir
 

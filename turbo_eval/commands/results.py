@@ -93,7 +93,7 @@ def export(
     turbo-eval results export all.parquet
     """
     from turbo_eval.errors import EnvironmentProblem, UsageError
-    from turbo_eval.records.store import writing
+    from turbo_eval.util.files import writing
 
     rows = [_flat(record) for record in _records(results)]
     if out.suffix not in (".csv", ".parquet", ".json"):

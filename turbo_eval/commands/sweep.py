@@ -68,7 +68,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
     from turbo_eval.analysis.table import by_setting, json_rows, render_rich, summarize
-    from turbo_eval.records.provenance import collect
+    from turbo_eval.llama.provenance import collect
     from turbo_eval.scale.target import TlsFiles, parse_target
     from turbo_eval.sweep.plan import make_plan
     from turbo_eval.sweep.progress import live

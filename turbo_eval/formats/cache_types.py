@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from turbo_eval.errors import UsageError
 from turbo_eval.util import paths
 
+Place = Callable[[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The constants of one of our types, as in ggml-common.h and ggml-turbo-impl.h.
+
+    Attributes:
+        name: ggml's type name.
+        magnitudes: ascending positive int8 levels; the codebook is symmetric.
+        rms1: rms of a Gaussian group whose best scale is 1 on average.
+        bits: bits per value, scale included.
+        mse_limit: what docs/cache-types.md promises for unit Gaussians, squared error per unit of variance.
+        gate_kld, gate_kld_v: KL divergence, in nats, that a project's first gate allows the type on K and V,
+            and on V alone beside a q8_0 K; None: no such check.
+        place: (value in the block, bit of its code) → (byte of the block, bit of that byte).
+    """
+
+    name: str
+    magnitudes: tuple[int, ...]
+    rms1: float
+    bits: float
+    mse_limit: float
+    gate_kld: float
+    gate_kld_v: float | None
+    place: Place
+
 
 @dataclass(frozen=True)
 class CacheType:
-    """One type. `block` in values, `block_bytes` in bytes, as in ggml-common.h."""
+    """One type. `block` in values, `block_bytes` in bytes, as in ggml-common.h.
+
+    Attributes:
+        mse: squared error per unit of variance on Gaussians: docs/cache-types.md for ours, for the others
+            measured with their reference encoders on 2^17 values; None: not measured.
+        codebook: of the types that our patches add.
+        common: among the pairs that commands take when none are named.
+    """
 
     name: str
     block: int
     block_bytes: int
+    mse: float | None = None
+    codebook: Codebook | None = None
+    common: bool = False
 
     @property
     def bpv(self) -> float:
@@ -23,22 +61,44 @@ class CacheType:
         return 8.0 * self.block_bytes / self.block
 
 
+def _turbo3_place(i: int, bit: int) -> tuple[int, int]:
+    """Two bits of a code lie together, the third, its sign, in a plane of its own."""
+    group, i = divmod(i, 32)
+    b, k = i % 8, i // 8
+    if bit < 2:
+        return 2 + 8 * group + b, 2 * k + bit
+    return 18 + 4 * group + b % 4, 4 * (k // 2) + 2 * (b // 4) + k % 2
+
+
+def _turbo4_place(i: int, bit: int) -> tuple[int, int]:
+    """Values 16 apart share a byte, as in q4_0."""
+    group, i = divmod(i, 32)
+    return 2 + 16 * group + i % 16, 4 * (i // 16) + bit
+
+
+_TURBO3 = Codebook("turbo3", (13, 41, 74, 123), 52.82, 3.25, 0.0265, 0.25, 0.05, _turbo3_place)
+_TURBO4 = Codebook(
+    "turbo4", (6, 18, 31, 45, 60, 77, 98, 127), 47.46, 4.25, 0.0061, 0.055, None, _turbo4_place
+)
+
+# A type is added here, in one row; everything else that needs it reads it from here.
 CACHE_TYPES: dict[str, CacheType] = {
     t.name: t
     for t in (
         CacheType("f32", 1, 4),
-        CacheType("f16", 1, 2),
-        CacheType("bf16", 1, 2),
-        CacheType("q8_0", 32, 34),
-        CacheType("q5_1", 32, 24),
-        CacheType("q5_0", 32, 22),
-        CacheType("q4_1", 32, 20),
-        CacheType("q4_0", 32, 18),
-        CacheType("iq4_nl", 32, 18),
-        CacheType("turbo4", 64, 34),
-        CacheType("turbo3", 64, 26),
+        CacheType("f16", 1, 2, mse=4.2e-8, common=True),
+        CacheType("bf16", 1, 2, mse=2.7e-6),
+        CacheType("q8_0", 32, 34, mse=2.1e-5, common=True),
+        CacheType("q5_1", 32, 24, mse=1.5e-3),
+        CacheType("q5_0", 32, 22, mse=1.8e-3),
+        CacheType("q4_1", 32, 20, mse=6.3e-3),
+        CacheType("q4_0", 32, 18, mse=7.4e-3, common=True),
+        CacheType("iq4_nl", 32, 18, mse=5.6e-3),
+        CacheType("turbo4", 64, 34, mse=5.9e-3, codebook=_TURBO4, common=True),
+        CacheType("turbo3", 64, 26, mse=2.55e-2, codebook=_TURBO3, common=True),
     )
 }
+BOOKS: dict[str, Codebook] = {t.name: t.codebook for t in CACHE_TYPES.values() if t.codebook}
 
 
 def cache_type(name: str) -> CacheType:

@@ -1,4 +1,4 @@
-"""Derivation of the turbo3 and turbo4 codebooks, and the encoder they are made for.
+"""Derivation of our types' codebooks, and the encoder they are made for.
 
 A codebook is not Lloyd-Max's: the encoder searches a coarse scale per 32 values, and the best
 levels for that encoder differ from those for a known scale. Lloyd's iteration alternates the
@@ -14,33 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from turbo_eval.formats.cache_types import Codebook
+
 Floats = NDArray[np.float64]
 
 GROUP = 32  # values that share a scale
 SEARCH = range(-12, 9)  # codes tried, counted from the smallest one not below rms / RMS1
 MAX_LEVEL = 127  # int8
-
-
-@dataclass(frozen=True)
-class Codebook:
-    """One type's frozen constants, as in ggml-common.h and ggml-turbo-impl.h.
-
-    Attributes:
-        name: ggml's type name.
-        magnitudes: ascending positive int8 levels; the codebook is symmetric.
-        rms1: rms of a Gaussian group whose best scale is 1 on average.
-        bits: bits per value, scale included.
-    """
-
-    name: str
-    magnitudes: tuple[int, ...]
-    rms1: float
-    bits: float
-
-
-TURBO3 = Codebook("turbo3", (13, 41, 74, 123), 52.82, 3.25)
-TURBO4 = Codebook("turbo4", (6, 18, 31, 45, 60, 77, 98, 127), 47.46, 4.25)
-CODEBOOKS = (TURBO3, TURBO4)
 
 
 def scales() -> Floats:

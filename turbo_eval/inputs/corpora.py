@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import UsageError
-from turbo_eval.inputs.download import CHUNK, file_sha256
 from turbo_eval.inputs.registry import Entry, acquire, nearest, parse_entries, read_toml
 from turbo_eval.util import paths
+from turbo_eval.util.files import CHUNK, file_sha256
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import UsageError
-from turbo_eval.inputs.download import FileMemory, file_sha256
 from turbo_eval.inputs.gguf_info import GgufInfo, read_gguf_info
 from turbo_eval.inputs.registry import Entry, acquire, nearest, parse_entries, read_toml
 from turbo_eval.util import paths
+from turbo_eval.util.files import FileMemory, file_sha256
 
 
 @dataclass(frozen=True)

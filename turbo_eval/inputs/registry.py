@@ -15,20 +15,19 @@ from typing import BinaryIO, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.inputs.download import (
+from turbo_eval.inputs.download import HashMismatch, fetch
+from turbo_eval.inputs.package_index import find_file
+from turbo_eval.util import paths
+from turbo_eval.util.files import (
     CHUNK,
     FileMemory,
-    HashMismatch,
     OnBytes,
     atomic_write,
-    fetch,
     file_sha256,
     lock,
     require_space,
     transfer_bar,
 )
-from turbo_eval.inputs.package_index import find_file
-from turbo_eval.util import paths
 
 
 class _Strict(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval.errors import UsageError
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import writing
 from turbo_eval.util.paths import cache_dir
 
 

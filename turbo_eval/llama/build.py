@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.inputs.download import atomic_write, file_sha256, lock
 from turbo_eval.llama import patches, source, toolchain
 from turbo_eval.util import paths
+from turbo_eval.util.files import atomic_write, file_sha256, lock
 from turbo_eval.util.git import working_tree_hash
 from turbo_eval.util.project import BESIDE_THE_SOURCES
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.inputs.download import fetch, lock, sha256_of, transfer_bar
+from turbo_eval.inputs.download import fetch
 from turbo_eval.inputs.package_index import RemoteFile, find_file
 from turbo_eval.util import paths
+from turbo_eval.util.files import lock, sha256_of, transfer_bar
 from turbo_eval.util.git import GitError, git
 from turbo_eval.util.project import BESIDE_THE_SOURCES, Project
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama.tool import perplexity_argv
 from turbo_eval.records.record import Cell, Record
-from turbo_eval.records.store import writing
+from turbo_eval.util.files import writing
 from turbo_eval.util.paths import cache_dir
 
 if TYPE_CHECKING:

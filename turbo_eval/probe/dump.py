@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from turbo_eval.errors import RegressionError, UsageError
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.codec import readable
 from turbo_eval.llama.build import BACKENDS, Build, find_build
 from turbo_eval.llama.output import last_error
 from turbo_eval.llama.tool import capabilities
@@ -58,7 +59,12 @@ class Setup:
                 f"there is no backend {known['backend']}", f"choose one of {', '.join(BACKENDS)}"
             )
         for side in ("k", "v"):
-            cache_type(known.get(side, "f16"))
+            name = cache_type(known.get(side, "f16")).name
+            if not readable(name):
+                raise UsageError(
+                    f"the probe cannot read a cache of {name}: neither gguf nor turbo-eval knows its blocks",
+                    "probe a type that llama.cpp's gguf package knows",
+                )
         return cls(text, env=env, **known)
 
     def build(self) -> Build:

@@ -8,33 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import gguf.quants
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from turbo_eval.formats.cache_types import CACHE_TYPES
+from turbo_eval.formats.codec import decode, gaussian_mse, reference
 from turbo_eval.probe.dump import Layer
-from turbo_eval.selftest import layout
 
 Floats = NDArray[np.float64]
 # order, tensor, detail of a finding
 _Note = Callable[[int, str, str], None]
 
-# Squared error per unit of variance on Gaussians (docs/cache-types.md; the others measured the same way
-# with their reference encoders on 2^17 values).
-GAUSSIAN_MSE = {
-    "f16": 4.2e-8,
-    "bf16": 2.7e-6,
-    "q8_0": 2.1e-5,
-    "q5_1": 1.5e-3,
-    "q5_0": 1.8e-3,
-    "q4_1": 6.3e-3,
-    "q4_0": 7.4e-3,
-    "iq4_nl": 5.6e-3,
-    "turbo4": 5.9e-3,
-    "turbo3": 2.55e-2,
-}
 EXACT = 1e-2  # relative error of a step that only turns or scales vectors in f32
 CACHE_FACTOR = 1.15  # cache error over that of the reference encoder
 # K noise over the part of K that varies from token to token, in units of the type's own.
@@ -66,8 +49,8 @@ class Judged:
 
     `k_noise`, `v_noise` of the cache against what was written; `k_reference`, `v_reference` the same
     for the type's reference encoder; `k_excess` K's noise over the varying part of K, in units of
-    the type's Gaussian error (1: as intended); `scores_kld` nats between attention weights with
-    written and with cached K, mean over queries and heads; `fa_nmse` of the attention itself.
+    the type's Gaussian error (1: as intended; nan: it is not known); `scores_kld` nats between attention
+    weights with written and with cached K, mean over queries and heads; `fa_nmse` of the attention itself.
     """
 
     layer: int
@@ -99,7 +82,7 @@ def judge(layer: Layer) -> Judged:
         if not error < EXACT:
             note(5, "attention output", f"is not the rotated back output: relative error {error:.2g}")
     excess = _excess(layer, k)
-    if excess > UNSUITED and excess * GAUSSIAN_MSE[layer.type_k] > HARMFUL:
+    if excess > UNSUITED and excess * (gaussian_mse(layer.type_k) or 0.0) > HARMFUL:
         share = 1 - _varying(layer.k_write) / float((layer.k_write.astype(np.float64) ** 2).mean())
         found.append(
             Finding(
@@ -134,34 +117,6 @@ def rotate(x: NDArray[np.float32], size: int) -> Floats:
         width *= 2
     turned: Floats = (y / np.sqrt(size)).reshape(x.shape)
     return turned
-
-
-def decode(name: str, rows: NDArray[np.uint8]) -> Floats:
-    """Values (…, d) of cache bytes (…, bytes)."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    if name in layout.BOOKS:
-        values = layout.decode(name, flat.reshape(-1, CACHE_TYPES[name].block_bytes))
-    elif name in ("f16", "f32"):
-        values = flat.view(np.float16 if name == "f16" else np.float32).astype(np.float64)
-    else:
-        values = gguf.quants.dequantize(flat, GGMLQuantizationType[name.upper()]).astype(np.float64)
-    out: Floats = values.reshape(*rows.shape[:-1], -1)
-    return out
-
-
-def reference(name: str, x: NDArray[np.float32]) -> Floats | None:
-    """x (…, d) through the type's reference encoder and back; None where there is none but ggml's."""
-    flat = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
-    if name in layout.BOOKS:
-        blocks = layout.encode_blocks(name, flat.astype(np.float64).reshape(-1, layout.BLOCK))
-        return layout.decode(name, blocks).reshape(x.shape)
-    if name in ("f16", "f32"):
-        return flat.astype(np.float16 if name == "f16" else np.float32).astype(np.float64).reshape(x.shape)
-    try:
-        coded = gguf.quants.quantize(flat, GGMLQuantizationType[name.upper()])
-    except NotImplementedError:
-        return None
-    return decode(name, coded).reshape(x.shape)
 
 
 def attention_weights(layer: Layer, k: NDArray[np.floating]) -> Floats:
@@ -252,7 +207,7 @@ def _judge_cache(
     power = np.maximum((written.astype(np.float64) ** 2).sum(axis=(0, 2)), 1e-300)
     best = reference(name, written)
     if best is None:
-        allowed = GAUSSIAN_MSE[name] * power * 2
+        allowed = (gaussian_mse(name) or np.inf) * power * 2
     else:
         allowed = ((best - written) ** 2).sum(axis=(0, 2)) + 1e-9 * power
     bad = np.flatnonzero(~(error <= CACHE_FACTOR * allowed))
@@ -309,8 +264,9 @@ def _varying(k: NDArray[np.float32]) -> float:
 
 
 def _excess(layer: Layer, k: Floats) -> float:
+    own = gaussian_mse(layer.type_k)
     noise = float(((k - layer.k_write) ** 2).mean())
-    return noise / max(_varying(layer.k_write), 1e-300) / GAUSSIAN_MSE.get(layer.type_k, 1e-8)
+    return noise / max(_varying(layer.k_write), 1e-300) / own if own else float("nan")
 
 
 def _mean_kld(exact: Floats, other: Floats) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -10,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turbo_eval.errors import EnvironmentProblem, IncompleteError, UsageError
+from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.record import Cell, Record, read_record
+from turbo_eval.util.files import writing
 
 
 class Store:
@@ -99,23 +99,6 @@ class Store:
                 yield False
             else:
                 yield True
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a sentence that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(
-                f"no space left on the disk for {path}", "free some and run the same command again"
-            ) from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise EnvironmentProblem(
-                f"{path} is not writable: {error.strerror}", "fix its permissions or use --results"
-            ) from None
-        raise
 
 
 def record_files(paths: Iterable[Path]) -> list[Path]:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.inputs import corpora, models
-from turbo_eval.inputs.download import FileMemory, file_sha256, require_space, sha256_of
 from turbo_eval.inputs.registry import Entry, acquire
-from turbo_eval.records.store import writing
 from turbo_eval.scale import guard
 from turbo_eval.scale.wire import Need
 from turbo_eval.util import paths
+from turbo_eval.util.files import FileMemory, file_sha256, require_space, sha256_of, writing
 
 _SUFFIX = {"model": ".gguf", "corpus": ".txt", "anchor": ".gguf"}
 

@@ -24,7 +24,8 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.records.provenance import Provenance, machine
+from turbo_eval.llama.provenance import machine
+from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
 from turbo_eval.scale.cluster import Cluster
 from turbo_eval.scale.executor import run_on_cluster

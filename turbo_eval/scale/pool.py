@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.records.provenance import gpus, machine
+from turbo_eval.llama.provenance import gpus, machine
 
 _START_SECONDS = 60.0
 SCHEDULER = (sys.executable, "-m", "distributed.cli.dask_scheduler")

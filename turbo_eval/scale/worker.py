@@ -23,8 +23,9 @@ from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.inputs.corpora import resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.build import Build
+from turbo_eval.llama.provenance import collect, gpus, machine
 from turbo_eval.metrics.perplexity import Bench, OnProgress
-from turbo_eval.records.provenance import Provenance, collect, gpus, machine
+from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.store import Store
 from turbo_eval.scale import entry, guard
 from turbo_eval.scale.content import Content, RefusedError

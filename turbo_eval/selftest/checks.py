@@ -8,19 +8,14 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
-import gguf.quants
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from turbo_eval.formats.cache_types import CACHE_TYPES
+from turbo_eval.formats import codec, packing
+from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES
 from turbo_eval.formats.codebooks import GROUP, Floats, encode, gaussians, lloyd_step, mse, scales
-from turbo_eval.selftest import layout
 from turbo_eval.selftest.ggml import Ggml, GgmlError
-from turbo_eval.selftest.layout import BOOKS
 
-# What docs/cache-types.md promises for unit Gaussians, squared error per unit of variance.
-MSE_LIMIT = {"turbo3": 0.0265, "turbo4": 0.0061}
 ROTATIONS = (64, 128, 256)
 HEAD_DIMS = (64, 128, 256)
 QUERIES = (1, 33)  # the decode kernels and the prefill kernels
@@ -67,7 +62,7 @@ def run_checks(ggml: Ggml, names: list[str]) -> Iterator[tuple[str, Result | Non
     checks = all_checks()
     for name in names:
         yield name, None
-        missing = [t for t in BOOKS if t in name.replace(":", " ").split() and t not in ggml.types]
+        missing = [t for t in TYPES if t in name.replace(":", " ").split() and t not in ggml.types]
         try:
             if missing:
                 yield name, Result(False, f"this build does not have the type {missing[0]}")
@@ -81,9 +76,9 @@ def _codebook(name: str, ggml: Ggml) -> Result:
     """The levels that the library reads, against the definition: a fixed point of Lloyd's step."""
     book = BOOKS[name]
     n = len(book.magnitudes)
-    codes = np.tile(np.arange(2 * n, dtype=np.uint8), layout.BLOCK // (2 * n))[None, :]
+    codes = np.tile(np.arange(2 * n, dtype=np.uint8), packing.BLOCK // (2 * n))[None, :]
     one = int(np.flatnonzero(scales() == 1.0)[0])
-    read = ggml.dequantize(name, layout.pack(name, np.full((1, 2), one, np.uint8), codes))
+    read = ggml.dequantize(name, packing.pack(name, np.full((1, 2), one, np.uint8), codes))
     positive, negative = read[0, :n].astype(np.float64), read[0, n : 2 * n].astype(np.float64)
     for index, (level, minus, want) in enumerate(zip(positive, negative, book.magnitudes, strict=True)):
         if level != want:
@@ -101,9 +96,9 @@ def _codebook(name: str, ggml: Ggml) -> Result:
 
 def _scales(name: str, ggml: Ggml) -> Result:
     book = BOOKS[name]
-    codes = np.zeros((256, layout.BLOCK), np.uint8)
+    codes = np.zeros((256, packing.BLOCK), np.uint8)
     scale = np.stack([np.arange(256), np.arange(255, -1, -1)], axis=1).astype(np.uint8)
-    read = ggml.dequantize(name, layout.pack(name, scale, codes)).astype(np.float64)
+    read = ggml.dequantize(name, packing.pack(name, scale, codes)).astype(np.float64)
     want = np.repeat(scales()[scale], GROUP, axis=1) * book.magnitudes[0]
     wrong = np.flatnonzero((read != want).any(axis=1))
     if wrong.size:
@@ -113,71 +108,71 @@ def _scales(name: str, ggml: Ggml) -> Result:
 
 
 def _unpack(name: str, ggml: Ggml) -> Result:
-    scale, codes = layout.every_code_everywhere(name)
-    blocks = layout.pack(name, scale, codes)
+    scale, codes = packing.every_code_everywhere(name)
+    blocks = packing.pack(name, scale, codes)
     read = ggml.dequantize(name, blocks).astype(np.float64)
     return _compare_values(name, blocks, read, exact=True)
 
 
 def _read_v(name: str, ggml: Ggml) -> Result:
     """Attention to one position only gives back that position's V, through the device's own decoder."""
-    scale, codes = layout.every_code_everywhere(name)
-    blocks = layout.pack(name, scale, codes)
+    scale, codes = packing.every_code_everywhere(name)
+    blocks = packing.pack(name, scale, codes)
     n = len(blocks) // POSITIONS * POSITIONS
     rows = blocks[:n].reshape(-1, POSITIONS, blocks.shape[1])
     out = []
     for cache in rows:
         one_hot = np.full((POSITIONS, POSITIONS), -np.inf, np.float16)
         np.fill_diagonal(one_hot, 0)
-        k = np.zeros((POSITIONS, 1, 2 * layout.BLOCK), np.uint8)  # f16 zeros
-        q = np.zeros((1, POSITIONS, layout.BLOCK), np.float32)
+        k = np.zeros((POSITIONS, 1, 2 * packing.BLOCK), np.uint8)  # f16 zeros
+        q = np.zeros((1, POSITIONS, packing.BLOCK), np.float32)
         out.append(ggml.attention(q, k, cache[:, None, :], one_hot, ("f16", name), scale=1.0)[:, 0])
     return _compare_values(name, blocks[:n], np.concatenate(out).astype(np.float64), exact=False)
 
 
-def _compare_values(name: str, blocks: layout.Bytes, read: Floats, *, exact: bool) -> Result:
-    want = layout.decode(name, blocks)
+def _compare_values(name: str, blocks: packing.Bytes, read: Floats, *, exact: bool) -> Result:
+    want = packing.decode(name, blocks)
     tolerance = 0.0 if exact else 2e-3 * np.abs(want)  # half-precision accumulators
     wrong = ~(np.abs(read - want) <= tolerance)
     n = 2 * len(BOOKS[name].magnitudes)
     if not wrong.any():
-        return Result(True, f"{n} codes at {layout.BLOCK} positions")
+        return Result(True, f"{n} codes at {packing.BLOCK} positions")
     position = int(np.flatnonzero(wrong.any(axis=0))[0])
     row = int(np.flatnonzero(wrong[:, position])[0])
     detail = (
-        f"{int(wrong.any(axis=0).sum())} of {layout.BLOCK} positions are wrong, first position {position}:"
+        f"{int(wrong.any(axis=0).sum())} of {packing.BLOCK} positions are wrong, first position {position}:"
         f" {read[row, position]:g} instead of {want[row, position]:g}"
     )
-    for other in range(layout.BLOCK):
+    for other in range(packing.BLOCK):
         # A code in the right place under the wrong scale, or the whole value of another place.
         if other != position and np.array_equal(read[:, position], want[:, other]):
             return Result(False, f"{detail}; it holds what belongs to position {other}")
     unscaled = np.abs(read) / np.repeat(scales()[blocks[:, :2]], GROUP, axis=1)
     levels = np.abs(want) / np.repeat(scales()[blocks[:, :2]], GROUP, axis=1)
-    for other in range(layout.BLOCK):
+    for other in range(packing.BLOCK):
         if other != position and np.allclose(unscaled[:, position], levels[:, other], rtol=2e-3):
             return Result(False, f"{detail}; it holds the code that belongs to position {other}")
     return Result(False, detail)
 
 
-def _pack(name: str, writer: Callable[[Ggml, str, NDArray[np.float32]], layout.Bytes], ggml: Ggml) -> Result:
+def _pack(name: str, writer: Callable[[Ggml, str, NDArray[np.float32]], packing.Bytes], ggml: Ggml) -> Result:
     """Values that a block holds exactly must come out as that block; Gaussians as the search says."""
-    scale, codes = layout.every_code_everywhere(name)
-    blocks = layout.pack(name, scale, codes)
+    scale, codes = packing.every_code_everywhere(name)
+    blocks = packing.pack(name, scale, codes)
     write = partial(writer, ggml, name)
-    written = write(layout.decode(name, blocks).astype(np.float32))
-    got_scale, got = layout.unpack(name, written)
+    written = write(packing.decode(name, blocks).astype(np.float32))
+    got_scale, got = packing.unpack(name, written)
     # A group without its largest codes can be held by more than one scale: then values decide.
-    same_value = np.isclose(layout.decode(name, written), layout.decode(name, blocks), rtol=1e-6)
+    same_value = np.isclose(packing.decode(name, written), packing.decode(name, blocks), rtol=1e-6)
     wrong = ~same_value
     if wrong.any():
         position = int(np.flatnonzero(wrong.any(axis=0))[0])
         row = int(np.flatnonzero(wrong[:, position])[0])
         detail = (
-            f"{int(wrong.any(axis=0).sum())} of {layout.BLOCK} positions are wrong, first position"
+            f"{int(wrong.any(axis=0).sum())} of {packing.BLOCK} positions are wrong, first position"
             f" {position}: code {codes[row, position]} is written as {got[row, position]}"
         )
-        for other in range(layout.BLOCK):
+        for other in range(packing.BLOCK):
             if other != position and np.array_equal(got[:, position], codes[:, other]):
                 return Result(False, f"{detail}; there stands the code of position {other}")
         if got[row, position] == codes[row, position]:
@@ -188,7 +183,7 @@ def _pack(name: str, writer: Callable[[Ggml, str, NDArray[np.float32]], layout.B
             )
         return Result(False, detail)
     x = gaussians(2**14, seed=11, octave=True).astype(np.float32)
-    same = write(x.reshape(-1, layout.BLOCK)) == layout.encode_blocks(name, x.astype(np.float64))
+    same = write(x.reshape(-1, packing.BLOCK)) == packing.encode_blocks(name, x.astype(np.float64))
     share = float(same.all(axis=1).mean())
     # Sums in another order may choose the other of two scales of equal error, rarely.
     if share < 0.99:
@@ -200,11 +195,11 @@ def _mse(name: str, ggml: Ggml) -> Result:
     book = BOOKS[name]
     x = gaussians(2**17, seed=5, octave=False)
     theory = mse(x, encode(x, np.array(book.magnitudes, dtype=np.float64), book.rms1))
-    rows = x.reshape(-1, layout.BLOCK)
+    rows = x.reshape(-1, packing.BLOCK)
     read = ggml.dequantize(name, ggml.quantize(name, rows.astype(np.float32)))
     got = float(((read - rows) ** 2).sum() / (rows**2).sum())
-    detail = f"{got:.5f}, the definition gives {theory:.5f}, limit {MSE_LIMIT[name]}"
-    return Result(got <= MSE_LIMIT[name] and abs(got / theory - 1) < 0.01, detail)
+    detail = f"{got:.5f}, the definition gives {theory:.5f}, limit {book.mse_limit}"
+    return Result(got <= book.mse_limit and abs(got / theory - 1) < 0.01, detail)
 
 
 def _hadamard(n: int) -> Floats:
@@ -240,7 +235,7 @@ def _relative(got: NDArray[Any], want: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class _Cache:
-    rows: layout.Bytes  # (positions, KV heads, bytes)
+    rows: packing.Bytes  # (positions, KV heads, bytes)
     values: Floats  # (positions, KV heads, d)
 
 
@@ -248,18 +243,9 @@ class _Cache:
 def _cache(ggml: Ggml, name: str, d: int, seed: int) -> _Cache:
     x = np.random.default_rng((seed, d)).standard_normal((POSITIONS * KV_HEADS, d)).astype(np.float32)
     rows = ggml.quantize(name, x)
-    return _Cache(rows.reshape(POSITIONS, KV_HEADS, -1), _decode(name, rows).reshape(POSITIONS, KV_HEADS, d))
-
-
-def _decode(name: str, rows: layout.Bytes) -> Floats:
-    """Rows (n, bytes) by code that isn't ggml's: ours for the turbo types, gguf's for the rest."""
-    if name in BOOKS:
-        width = CACHE_TYPES[name].block_bytes
-        return layout.decode(name, rows.reshape(-1, width)).reshape(len(rows), -1)
-    if name == "f16":
-        return rows.view(np.float16).astype(np.float64)
-    read = gguf.quants.dequantize(rows, GGMLQuantizationType[name.upper()])
-    return np.asarray(read, dtype=np.float64)
+    return _Cache(
+        rows.reshape(POSITIONS, KV_HEADS, -1), codec.decode(name, rows).reshape(POSITIONS, KV_HEADS, d)
+    )
 
 
 def _attention(k: str, v: str, ggml: Ggml) -> Result:

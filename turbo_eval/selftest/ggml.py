@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbo_eval.formats.cache_types import CACHE_TYPES
-from turbo_eval.selftest.layout import BOOKS
 
 _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD
 _F32_ACCUMULATOR = 10  # GGML_PREC_F32
@@ -83,6 +82,11 @@ def _silent(level: int, text: bytes, data: int | None) -> None:
         sys.stderr.write(text.decode(errors="replace"))
 
 
+def _present(base: ctypes.CDLL) -> list[str]:
+    """The cache types that the library has: each quantized one comes with its decoder."""
+    return [t.name for t in CACHE_TYPES.values() if t.block == 1 or hasattr(base, f"dequantize_row_{t.name}")]
+
+
 class Ggml:
     """The libraries of `bin_dir`, and one device of theirs.
 
@@ -111,8 +115,7 @@ class Ggml:
         self._log = _LOG(_silent)  # must outlive every call
         self._call["ggml_log_set"](self._log, None)
         self._call["ggml_backend_load_all_from_path"](str(bin_dir).encode())
-        turbo = {name for name in BOOKS if hasattr(libraries["base"], f"dequantize_row_{name}")}
-        self.types = self._types((CACHE_TYPES.keys() - BOOKS.keys()) | turbo | {"i64"})
+        self.types = self._types({*_present(libraries["base"]), "i64"})
         found = self._find(backend, device)
         self.device = self._text("ggml_backend_dev_name", found)
         self.description = self._text("ggml_backend_dev_description", found)
@@ -127,7 +130,8 @@ class Ggml:
     def _types(self, wanted: set[str]) -> dict[str, int]:
         """Numbers of the types by name: they move when upstream adds types.
 
-        ggml doesn't say how many there are, so the search ends with the last one that must exist.
+        ggml doesn't say how many there are, and reads past the end of its table: only types that must exist
+        may be wanted, so that the search ends with the last of them.
         """
         names: dict[str, int] = {}
         number = 0

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.inputs import corpora, models
-from turbo_eval.llama import bindings, patches, source, toolchain
+from turbo_eval.llama import bindings, patches, provenance, source, toolchain
 from turbo_eval.llama import build as builds
-from turbo_eval.records import provenance
 from turbo_eval.util import paths
 from turbo_eval.util.git import git
 from turbo_eval.util.project import Project

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from packaging.version import Version
 
 from turbo_eval import __version__
 from turbo_eval.errors import UsageError
-from turbo_eval.inputs.download import atomic_write
+from turbo_eval.formats.cache_types import BOOKS
 from turbo_eval.util import paths, project
+from turbo_eval.util.files import atomic_write
 
 RUN = Path(".github") / "workflows" / "turbo-eval-run.yml"
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -34,9 +37,9 @@ def is_llama(folder: Path) -> bool:
 
 
 def knows_turbo(folder: Path) -> bool:
-    """Do these sources of llama.cpp have turbo3 and turbo4 already?"""
+    """Do these sources of llama.cpp have our types already?"""
     text = (folder / "ggml" / "include" / "ggml.h").read_text(errors="replace")
-    return "GGML_TYPE_TURBO3" in text and "GGML_TYPE_TURBO4" in text
+    return all(f"GGML_TYPE_{name.upper()}" in text for name in BOOKS)
 
 
 def init(
@@ -66,18 +69,18 @@ def init(
     here = is_llama(folder)
     patched = not here if patched is None else patched
     turbo = patched or (here and knows_turbo(folder))
-    settings = {"@SOURCE@": "here" if here else "pinned", "@PATCHES@": "true" if patched else "false"}
+    settings = {"source": "here" if here else "pinned", "patches": "true" if patched else "false"}
     own = Path(project.FOLDER)
     files: dict[Path, tuple[str, str]] = {
         own / project.FILE: (_filled("project.toml", settings), "what is built"),
         own / "gates.toml": (
-            _filled("gates-turbo.toml" if turbo else "gates-plain.toml", {}),
+            _filled("gates-turbo.toml" if turbo else "gates-plain.toml", {"books": list(BOOKS.values())}),
             "what is measured and what must hold",
         ),
         own / "README.md": (_filled("README.md", {}), "how to use it"),
         own / ".gitignore": ("/build/\n/results/\n", "builds and records stay out of git"),
         RUN.with_name("turbo-eval.yml"): (
-            _filled("turbo-eval.yml", {"@PACKAGE@": package or _this_version()}),
+            _filled("turbo-eval.yml", {"package": package or _this_version()}),
             "CI: Linux CPU, macOS Metal, CUDA on your own runner",
         ),
         RUN: ((paths.shipped_workflows() / RUN.name).read_text(), "its steps"),
@@ -85,11 +88,21 @@ def init(
     return [_write(folder / place, text, about, force=force) for place, (text, about) in files.items()]
 
 
-def _filled(template: str, values: dict[str, str]) -> str:
-    text = (TEMPLATES / template).read_text()
-    for name, value in values.items():
-        text = text.replace(name, value)
-    return text
+def _filled(template: str, values: Mapping[str, object]) -> str:
+    """The template with `@{ name }@` and `@% for … %@` filled in: workflows have `${{ }}` of their own."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        variable_start_string="@{",
+        variable_end_string="}@",
+        block_start_string="@%",
+        block_end_string="%@",
+        comment_start_string="@#",
+        comment_end_string="#@",
+    )
+    return environment.get_template(template).render(values)
 
 
 def _this_version() -> str:

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem
-from turbo_eval.records.store import writing
 from turbo_eval.util import paths
+from turbo_eval.util.files import writing
 
 _PR_SET_PDEATHSIG = 1
 # A process that says nothing for this long hangs: llama-perplexity speaks after every chunk.

@@ -1,25 +1,25 @@
-"""turbo3 and turbo4 read and written from docs/cache-types.md alone: the reference for the library.
+"""Blocks of our types read and written from docs/cache-types.md alone: the reference for the library.
 
 Nothing here is shared with ggml's code, and nothing is fast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turbo_eval.formats.cache_types import CACHE_TYPES
-from turbo_eval.formats.codebooks import CODEBOOKS, GROUP, Codebook, Floats, encode, scales
+from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES, Codebook
+from turbo_eval.formats.codebooks import GROUP, Floats, encode, scales
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.uint8]
 
-BOOKS: dict[str, Codebook] = {book.name: book for book in CODEBOOKS}
 BLOCK = 64
 GROUPS = BLOCK // GROUP
-_TURBO3_QS, _TURBO3_QH, _TURBO4_QS = 2, 18, 2  # first byte of each plane
 
 
 def levels(book: Codebook) -> Floats:
@@ -28,38 +28,27 @@ def levels(book: Codebook) -> Floats:
     return np.concatenate([magnitudes, -magnitudes])
 
 
+def _places(book: Codebook) -> Iterator[tuple[int, int, int, int]]:
+    """Value, bit of its code, byte of the block and bit of that byte, for every bit of every code."""
+    width = (2 * len(book.magnitudes) - 1).bit_length()
+    for i, bit in product(range(BLOCK), range(width)):
+        yield i, bit, *book.place(i, bit)
+
+
 def pack(name: str, scale: Bytes, codes: Codes) -> Bytes:
     """Blocks from scale bytes (n, 2) and codes (n, 64); returns (n, bytes a block)."""
-    n = len(codes)
-    out = np.zeros((n, CACHE_TYPES[name].block_bytes), np.uint8)
+    out = np.zeros((len(codes), CACHE_TYPES[name].block_bytes), np.uint8)
     out[:, :GROUPS] = scale
-    for g in range(GROUPS):
-        group = codes[:, g * GROUP : (g + 1) * GROUP]
-        if name == "turbo3":
-            for i in range(GROUP):
-                b, k = i % 8, i // 8
-                out[:, _TURBO3_QS + 8 * g + b] |= (group[:, i] & 3) << (2 * k)
-                bit = 4 * (k // 2) + 2 * (b // 4) + k % 2
-                out[:, _TURBO3_QH + 4 * g + b % 4] |= (group[:, i] >> 2) << bit
-        else:
-            for i in range(GROUP):
-                out[:, _TURBO4_QS + 16 * g + i % 16] |= group[:, i] << (4 * (i // 16))
+    for i, bit, byte, shift in _places(BOOKS[name]):
+        out[:, byte] |= ((codes[:, i] >> bit) & 1) << shift
     return out
 
 
 def unpack(name: str, blocks: Bytes) -> tuple[Bytes, Codes]:
     """Scale bytes (n, 2) and codes (n, 64) of blocks (n, bytes a block)."""
-    n = len(blocks)
-    codes = np.zeros((n, BLOCK), np.uint8)
-    for g in range(GROUPS):
-        for i in range(GROUP):
-            if name == "turbo3":
-                b, k = i % 8, i // 8
-                index = (blocks[:, _TURBO3_QS + 8 * g + b] >> (2 * k)) & 3
-                sign = (blocks[:, _TURBO3_QH + 4 * g + b % 4] >> (4 * (k // 2) + 2 * (b // 4) + k % 2)) & 1
-                codes[:, g * GROUP + i] = sign << 2 | index
-            else:
-                codes[:, g * GROUP + i] = (blocks[:, _TURBO4_QS + 16 * g + i % 16] >> (4 * (i // 16))) & 15
+    codes = np.zeros((len(blocks), BLOCK), np.uint8)
+    for i, bit, byte, shift in _places(BOOKS[name]):
+        codes[:, i] |= ((blocks[:, byte] >> shift) & 1) << bit
     return blocks[:, :GROUPS], codes
 
 

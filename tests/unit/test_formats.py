@@ -1,0 +1,59 @@
+"""A cache type is one row that all others read; types of other people stay readable."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES, CacheType
+from turbo_eval.formats.codec import decode, gaussian_mse, readable, reference
+from turbo_eval.probe.dump import Setup
+from turbo_eval.probe.steps import _judge_cache
+from turbo_eval.util import project
+
+
+@pytest.mark.parametrize("name", [t for t in CACHE_TYPES if t != "f32"])
+def test_every_type_is_readable_and_its_error_known(name: str) -> None:
+    assert readable(name)
+    assert 0 < (gaussian_mse(name) or 0) < 0.03
+
+
+@pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
+def test_no_two_bits_of_a_block_share_a_place(book: object) -> None:
+    from turbo_eval.formats.cache_types import Codebook
+
+    assert isinstance(book, Codebook)
+    width = (2 * len(book.magnitudes) - 1).bit_length()
+    places = [book.place(i, bit) for i in range(64) for bit in range(width)]
+    assert len(set(places)) == len(places)
+    assert max(byte for byte, _ in places) < CACHE_TYPES[book.name].block_bytes
+
+
+def test_the_probe_judges_a_type_that_only_a_project_lists() -> None:
+    """tq2_0 is the example of project.toml; gguf has its blocks, our table has not."""
+    assert "tq2_0" not in CACHE_TYPES
+    x = np.random.default_rng(1).standard_normal((4, 2, 256)).astype(np.float32)
+    import gguf.quants
+    from gguf import GGMLQuantizationType
+
+    rows = gguf.quants.quantize(x.reshape(-1, 256), GGMLQuantizationType.TQ2_0).reshape(4, 2, -1)
+    notes: list[tuple[int, str, str]] = []
+    values, noise, allowed = _judge_cache("K", "tq2_0", x, rows, 2, lambda *found: notes.append(found))
+    assert values.shape == x.shape and not notes
+    assert noise == pytest.approx(allowed, rel=1e-6)
+    assert gaussian_mse("tq2_0") == pytest.approx(noise, rel=0.2)
+
+
+def test_the_probe_refuses_blocks_that_nobody_here_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CACHE_TYPES, "own9", CacheType("own9", 32, 20))
+    with pytest.raises(UsageError, match="cannot read a cache of own9"):
+        Setup.parse("k=own9,v=f16")
+
+
+def test_reference_and_decode_agree() -> None:
+    x = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
+    read = reference("f16", x)
+    assert read is not None
+    assert np.array_equal(read, decode("f16", x.astype(np.float16).view(np.uint8)))
+    assert project.BlockSize(block=32, block_bytes=20).block == 32
