@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.support.harness import Cli
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
+from turbo_eval.llama.libraries import library
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (`make setup`)"
@@ -44,3 +47,20 @@ def test_generation(tmp_path: Path, build: Build, smollm: ModelFile, prose: Corp
     needle = rows["q8_0", "needle"]["needle"]
     assert needle["probes"] == 1 and needle["hits"] <= needle["f16_hits"]
     assert rows["f16", "needle"]["needle"]["f16_hits"] == 1, "SmolLM2 finds a needle in 192 tokens"
+
+
+def test_the_worker_finds_its_library_on_macos_too(build: Build, tmp_path: Path) -> None:
+    """The real ggml-base under the name it has there; `.so` was written into the worker."""
+    real = library(build.bin_dir, "ggml-base").resolve()
+    (tmp_path / "libggml-base.dylib").symlink_to(real)
+    code = (
+        "import sys, types\n"
+        "from turbo_eval.metrics import generation_worker\n"
+        "lib = types.SimpleNamespace(_lib=types.SimpleNamespace(_name=sys.argv[1] + '/libllama.dylib'))\n"
+        "sys.modules['llama_cpp'] = types.SimpleNamespace(llama_cpp=lib)\n"
+        "sys.platform = 'darwin'\n"
+        "print(generation_worker.ggml_type('q8_0'))"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "8"), done.stderr

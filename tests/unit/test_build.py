@@ -14,6 +14,7 @@ from tests.support.toy import Toy, commit
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama import build as builds
 from turbo_eval.llama import patches, provenance, toolchain
+from turbo_eval.llama.backends import cuda
 from turbo_eval.llama.build import Build, build, find_build
 from turbo_eval.records.provenance import Provenance
 
@@ -133,7 +134,7 @@ def test_cuda_needs_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(key, raising=False)
     (tmp_path / "c++").symlink_to(shutil.which("c++") or "/usr/bin/c++")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(toolchain, "NVCC_BY_DEFAULT", tmp_path / "nvcc")
+    monkeypatch.setattr(cuda, "NVCC_BY_DEFAULT", tmp_path / "nvcc")
     with pytest.raises(EnvironmentProblem, match="the CUDA build needs nvcc"):
         builds.options("cuda")
 
@@ -143,12 +144,12 @@ def test_cuda_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDACXX", str(nvcc))
-    monkeypatch.setattr(toolchain, "has_nvidia_gpu", lambda: True)
-    assert toolchain.nvcc().version == "nvcc 12.9"
+    monkeypatch.setattr(cuda, "has_nvidia_gpu", lambda: True)
+    assert cuda.nvcc().version == "nvcc 12.9"
     assert builds.options("cuda")["CMAKE_CUDA_ARCHITECTURES"] == "native"
     assert builds.options("cuda", cuda_archs="86-real")["CMAKE_CUDA_ARCHITECTURES"] == "86-real"
-    monkeypatch.setattr(toolchain, "has_nvidia_gpu", lambda: False)
-    assert builds.options("cuda")["CMAKE_CUDA_ARCHITECTURES"] == builds.CUDA_ARCHS_WITHOUT_GPU
+    monkeypatch.setattr(cuda, "has_nvidia_gpu", lambda: False)
+    assert builds.options("cuda")["CMAKE_CUDA_ARCHITECTURES"] == cuda.ARCHS_WITHOUT_GPU
 
 
 def test_old_cmake_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from turbo_eval import __version__
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
+from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.util.files import file_sha256, writing
 from turbo_eval.util.process import child_environment, run
@@ -51,7 +52,7 @@ def calibrate(
         raise UsageError(f"{chunks} chunks of {ctx} tokens are no text", "ask for at least 1 chunk of 32")
     argv = [str(build.tool(TOOL)), "-m", str(model.path), "-f", str(corpus.path), "-o", str(out)]
     argv += ["-c", str(ctx), "--chunks", str(chunks)]
-    argv += ["--device", "none"] if build.backend == "cpu" else ["-ngl", "999"]
+    argv += backend(build.backend).device_flags()
     if threads:
         argv += ["-t", str(threads)]
     provenance = {

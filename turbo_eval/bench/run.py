@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from turbo_eval.errors import IncompleteError
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama import output
+from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.metrics import judge
 from turbo_eval.records.provenance import Provenance
@@ -184,7 +185,7 @@ def bench_argv(plan: BenchPlan, pair: tuple[str, str], depth: int, model: Path, 
     argv = [str(build.tool("llama-bench")), "-m", str(model), "-ctk", pair[0], "-ctv", pair[1], "-fa", "on"]
     argv += ["-p", str(plan.prompt), "-n", str(plan.gen), "-d", str(depth), "-r", "1"]
     argv += ["-t", str(plan.threads), "-o", "jsonl", "-v"]
-    return argv + (["-dev", "none"] if plan.backend == "cpu" else ["-ngl", "999"])
+    return argv + backend(plan.backend).bench_flags()
 
 
 def _run_once(

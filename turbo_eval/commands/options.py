@@ -159,7 +159,8 @@ def load_build_to_plan(backend: str, bin_dir: Path | None, *, remote: bool) -> A
     from dataclasses import replace
 
     from turbo_eval.errors import EnvironmentProblem
-    from turbo_eval.llama.build import BACKENDS, find_build
+    from turbo_eval.llama.backends import BACKENDS
+    from turbo_eval.llama.build import find_build
 
     try:
         return load_build(backend, bin_dir)

@@ -36,12 +36,11 @@ def selftest(
     from rich.markup import escape
 
     from turbo_eval.errors import UsageError
-    from turbo_eval.llama.build import BACKENDS
+    from turbo_eval.llama.backends import backend as find_backend
     from turbo_eval.selftest import Selftest
     from turbo_eval.selftest.checks import all_checks
 
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend}", f"choose one of {', '.join(BACKENDS)}")
+    find_backend(backend)
     names = [name for name in all_checks() if only in name]
     if not names:
         raise UsageError(f"no check has {only!r} in its name", "run `turbo-eval selftest` to see them")

@@ -164,9 +164,9 @@ def _spread(
     from turbo_eval.scale import require_distributed
 
     require_distributed()
-    from turbo_eval.scale.cluster import Cluster
-    from turbo_eval.scale.executor import Patience, run_on_cluster
-    from turbo_eval.scale.pool import pool
+    from turbo_eval.scale.client.cluster import Cluster
+    from turbo_eval.scale.client.executor import Patience, run_on_cluster
+    from turbo_eval.scale.client.pool import pool
     from turbo_eval.scale.target import security
 
     began = time.monotonic()

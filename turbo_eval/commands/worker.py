@@ -52,7 +52,7 @@ def worker(
 
     from turbo_eval.errors import EnvironmentProblem
     from turbo_eval.scale.target import TlsFiles, scheduler_address, security
-    from turbo_eval.scale.worker import Cells, find_device, serve
+    from turbo_eval.scale.worker.cells import Cells, find_device, serve
 
     address = scheduler_address(scheduler)
     secured = security(address, TlsFiles(tls_ca, tls_cert, tls_key), insecure=insecure)

@@ -6,25 +6,22 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
-from turbo_eval.llama import patches, source, toolchain
+from turbo_eval.llama import cmake, patches, source, toolchain
+from turbo_eval.llama.backends import backend as find_backend
+from turbo_eval.llama.backends import cmake_options, of_libraries
 from turbo_eval.util import paths
 from turbo_eval.util.files import atomic_write, file_sha256, lock
 from turbo_eval.util.git import working_tree_hash
 from turbo_eval.util.project import BESIDE_THE_SOURCES
 
-BACKENDS = ("cpu", "metal", "cuda")
 # Targets by the place of their source: those are built whose source is there. Part of a series (bisect), or
 # somebody's fork, may lack some.
 TOOLS = {
@@ -53,14 +50,6 @@ _COMMON = {
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_TESTS": "ON",
 }
-_BACKEND = {
-    "cpu": {"GGML_METAL": "OFF", "GGML_CUDA": "OFF"},
-    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON", "GGML_CUDA": "OFF"},
-    # Without all pairs compiled in, a missing K × V pair silently runs on the CPU.
-    "cuda": {"GGML_CUDA": "ON", "GGML_CUDA_FA_ALL_QUANTS": "ON", "GGML_METAL": "OFF"},
-}
-# No device to ask: one generation as PTX for everything newer, and the data-centre one natively.
-CUDA_ARCHS_WITHOUT_GPU = "80-virtual;90-real"
 _RECORD = "turbo-eval-build.json"
 
 
@@ -69,7 +58,7 @@ class Build:
     """A built llama.cpp.
 
     Attributes:
-        backend: "cpu", "metal" or "cuda"; for a foreign folder what its libraries say.
+        backend: name of one of the backends; for a foreign folder what its libraries say.
         bin_dir: executables and shared libraries.
         tree: git tree hash of the sources it was built from, uncommitted edits included;
             for a foreign folder "bin-" + a hash of its libraries and tools.
@@ -124,7 +113,7 @@ class Build:
         for file in [*libraries, tool]:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
         names = " ".join(entry.name for entry in libraries)
-        backend = next((name for name in ("cuda", "metal") if f"ggml-{name}" in names), "cpu")
+        backend = of_libraries(names)
         return cls(
             backend=backend,
             bin_dir=bin_dir,
@@ -166,7 +155,7 @@ def find_build(backend: str) -> Build:
         UsageError: no such backend.
         EnvironmentProblem: not built, or the build was interrupted.
     """
-    _require_backend(backend)
+    find_backend(backend)
     folder = paths.build_dir(backend)
     found = _read_record(folder)
     if found is None:
@@ -183,17 +172,8 @@ def options(backend: str, *, cuda_archs: str = "") -> dict[str, str]:
     Raises:
         EnvironmentProblem: no compiler for it on this machine.
     """
-    _require_backend(backend)
     toolchain.cxx()
-    chosen = _COMMON | _BACKEND[backend]
-    if backend == "metal":
-        toolchain.require_metal()
-    if backend == "cuda":
-        nvcc = toolchain.nvcc()
-        chosen["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
-        native = "native" if toolchain.has_nvidia_gpu() else CUDA_ARCHS_WITHOUT_GPU
-        chosen["CMAKE_CUDA_ARCHITECTURES"] = cuda_archs or native
-    return chosen
+    return _COMMON | cmake_options(backend) | find_backend(backend).toolchain(cuda_archs)
 
 
 @dataclass(frozen=True)
@@ -233,8 +213,7 @@ def build(
         UsageError: the series doesn't go onto these sources.
     """
     console = console or Console(stderr=True)
-    _require_backend(backend)
-    cmake, ninja = toolchain.find("cmake"), toolchain.find("ninja")
+    find_backend(backend)
     folder = paths.build_dir(backend)
     with lock(folder / "build"):
         order = _order(backend, cuda_archs, extra, targets, patched)
@@ -248,8 +227,8 @@ def build(
         # From here until the end no one may take this folder for a finished build.
         (folder / _RECORD).unlink(missing_ok=True)
         log = folder / "build.log"
-        _configure(cmake.path, ninja.path, order.sources, folder, order.chosen, made.compiler, log)
-        _compile(ninja.path, folder, order.targets, jobs or os.cpu_count() or 2, log, console, backend)
+        cmake.configure(order.sources, folder, order.chosen, made.compiler, log)
+        cmake.compile_shown(folder, order.targets, jobs or os.cpu_count() or 2, log, backend, console)
         if _tree(order.sources) != made.tree:
             again = paths.step(f"build-{backend}", f"build {backend}")
             raise EnvironmentProblem(f"{order.sources} was edited while it was built", f"{again} again")
@@ -265,7 +244,7 @@ def stamp(
     Raises:
         EnvironmentProblem, UsageError: as `build`.
     """
-    _require_backend(backend)
+    find_backend(backend)
     with lock(paths.build_dir(backend) / "build"):
         return _order(backend, cuda_archs, extra, None, patched).made.stamp
 
@@ -283,9 +262,7 @@ def _order(
         if not equals:
             raise UsageError(f"{item} is no CMake option", "write it as KEY=VALUE")
         chosen[key.split(":")[0]] = value
-    compiler = toolchain.cxx().version
-    if backend == "cuda":
-        compiler += f", {toolchain.nvcc().version}"
+    compiler = ", ".join(filter(None, (toolchain.cxx().version, find_backend(backend).compiler())))
     project = paths.project()
     if patched is None:
         patched = project is None or project.settings.patches
@@ -342,11 +319,6 @@ def _tree(sources: Path) -> str:
     return working_tree_hash(sources, without=BESIDE_THE_SOURCES if own else ())
 
 
-def _require_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend}", f"choose one of {', '.join(BACKENDS)}")
-
-
 def _read_record(folder: Path) -> Build | None:
     try:
         data = json.loads((folder / _RECORD).read_text())
@@ -358,106 +330,3 @@ def _read_record(folder: Path) -> Build | None:
 def _write_record(folder: Path, made: Build) -> None:
     with atomic_write(folder / _RECORD) as stream:
         stream.write(json.dumps(asdict(made) | {"bin_dir": "bin"}, indent=1).encode())
-
-
-def _environment() -> dict[str, str]:
-    env = dict(os.environ)
-    # Cache hits across clones and worktrees: paths below the clone count as relative.
-    project = paths.project()
-    env.setdefault("CCACHE_BASEDIR", str(project.folder if project else paths.repo_root()))
-    env.setdefault("CCACHE_NOHASHDIR", "1")
-    # A venv's ninja is not on PATH when its python is called by its full name.
-    env["PATH"] = f"{env.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"
-    return env
-
-
-def _configure(
-    cmake: Path, ninja: Path, worktree: Path, folder: Path, chosen: dict[str, str], compiler: str, log: Path
-) -> None:
-    cache, note = folder / "CMakeCache.txt", folder / "compiler.txt"
-    stale = cache.is_file() and (
-        f"CMAKE_HOME_DIRECTORY:INTERNAL={worktree}\n" not in cache.read_text(errors="replace")
-        or not note.is_file()
-        or note.read_text() != compiler
-    )
-    if stale:  # the clone was moved, or another compiler: cmake would keep or refuse the old ones
-        cache.unlink()
-        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(compiler)
-    command: list[str | Path] = [
-        cmake,
-        "-S",
-        worktree,
-        "-B",
-        folder,
-        "-G",
-        "Ninja",
-        f"-DCMAKE_MAKE_PROGRAM={ninja}",
-    ]
-    command += [f"-D{key}={value}" for key, value in chosen.items()]
-    with log.open("wb") as stream:
-        code = subprocess.run(
-            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
-        ).returncode
-    if code:
-        raise EnvironmentProblem(f"cmake could not configure: {_first_error(log)}", f"read {log}")
-
-
-def _compile(
-    ninja: Path, folder: Path, targets: Sequence[str], jobs: int, log: Path, console: Console, backend: str
-) -> None:
-    command: list[str | Path] = [ninja, "-C", folder, f"-j{jobs}", *targets]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-    )
-    live = console.is_terminal
-    started, told = time.monotonic(), 0
-    with (
-        log.open("ab") as stream,
-        Progress(*columns, console=console, disable=not live) as bar,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=_environment() | {"NINJA_STATUS": "[%f/%t] "},
-        ) as process,
-    ):
-        task = bar.add_task(f"build {backend}", total=None, what="")
-        assert process.stdout is not None
-        try:
-            for raw in process.stdout:
-                stream.write(raw)
-                step = re.match(rb"\[(\d+)/(\d+)\] (.*)", raw)
-                if not step:
-                    continue
-                done, total = int(step[1]), int(step[2])
-                what = step[3].decode(errors="replace").rsplit("/", 1)[-1]
-                bar.update(task, completed=done, total=total, what=what[:40])
-                if not live and done * 10 // total > told:
-                    told = done * 10 // total
-                    spent = time.monotonic() - started
-                    console.print(f"build {backend}: {done}/{total}, {spent:.0f} s", highlight=False)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode:
-        raise EnvironmentProblem(f"the {backend} build failed: {_first_error(log)}", f"read {log}")
-
-
-def _first_error(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    marks = ("error:", "CMake Error", "ninja: error", "fatal error")
-    hits = [index for index, line in enumerate(lines) if any(mark in line for mark in marks)]
-    if not hits:
-        return lines[-1].strip() if lines else "it said nothing"
-    first = hits[0]
-    # "CMake Error at file:line (command):" is followed by the message itself, in paragraphs
-    block = lines[first : first + (8 if "CMake" in lines[first] else 1)]
-    text = " ".join(line.strip() for line in block if line.strip())
-    return text[:300]

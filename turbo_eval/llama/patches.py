@@ -9,33 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, RegressionError, UsageError
 from turbo_eval.llama import source
+from turbo_eval.llama.worktree import am, checkout, export, in_the_middle, is_worktree, scratch_worktree
 from turbo_eval.util import paths
 from turbo_eval.util.git import GitError, git, working_tree_hash
 
-COMMITTER = {
-    "GIT_COMMITTER_NAME": "turbo-eval",
-    "GIT_COMMITTER_EMAIL": "turbo-eval@localhost",
-}
-# Subjects as they are, without "[PATCH]" put on and taken off: git's cleaning eats "[tag] :".
-# Scissors and CR handling must not eat content either.
-AM = (
-    *("am", "--quiet", "--committer-date-is-author-date", "--keep", "--keep-cr"),
-    *("--no-scissors", "--whitespace=nowarn", "--no-gpg-sign"),
-)
-EXPORT = (
-    *("format-patch", "--stdout", "--zero-commit", "--full-index", "--binary", "--no-signature"),
-    *("--no-stat", "--keep-subject", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
-)
 BESIDE = {"series", "pin", "README.md"}
 
 
@@ -96,7 +78,7 @@ def status() -> SeriesState:
     worktree, pin = paths.worktree_dir(), source.pin()
     series = read_series()
     digest = series_sha256()
-    if not _is_worktree(worktree):
+    if not is_worktree(worktree, paths.submodule_dir()):
         names = tuple(patch.name for patch in series)
         return SeriesState(pin, names, digest, worktree, "", "", applied=False, dirty=False, stopped=False)
     head = git("rev-parse", "HEAD", cwd=worktree).strip()
@@ -112,7 +94,7 @@ def status() -> SeriesState:
         tree=working_tree_hash(worktree) if edited else tree,
         applied=last == {"pin": pin, "series": digest, "commit": last.get("commit", ""), "tree": tree},
         dirty=edited or head not in (last.get("commit"), pin),
-        stopped=_stopped(worktree),
+        stopped=in_the_middle(worktree),
     )
 
 
@@ -145,26 +127,25 @@ def apply(*, force: bool = False) -> SeriesState:
     if now.applied and not now.dirty and not now.stopped:
         return now
     series = read_series()
-    reason: list[str] = []
-    with _scratch_worktree(pin) as scratch:
-        failed = _am(scratch, series, reason=reason)
+    with scratch_worktree(paths.submodule_dir(), pin) as scratch:
+        failed = am(scratch, series)
         commit = git("rev-parse", "HEAD", cwd=scratch).strip()
         if failed is None:
-            _move_worktree(worktree, commit)
+            checkout(paths.submodule_dir(), worktree, commit)
     if failed is not None and paths.project() is not None:
         raise UsageError(
-            f"{failed.name} does not apply to {pin[:12]} ({reason[0]})",
+            f"{failed.patch.name} does not apply to {pin[:12]} ({failed.reason})",
             f"bring the tree closer to upstream's {source.shipped_pin()[:12]}, which the series is made for,"
             " or build it with --no-patches",
         )
     if failed is not None:
         # once more where the user can look at it and resolve it
-        _move_worktree(worktree, pin)
-        conflict = _am(worktree, series, three_way=True)
+        checkout(paths.submodule_dir(), worktree, pin)
+        conflict = am(worktree, series, three_way=True)
         if conflict is not None:
-            raise UsageError(_steps(conflict, worktree), "")
+            raise UsageError(_steps(conflict.patch, worktree), "")
         raise UsageError(
-            f"{failed.name} only applies to {pin[:12]} with a three-way merge",
+            f"{failed.patch.name} only applies to {pin[:12]} with a three-way merge",
             f"look at the result in {worktree} and run `turbo-eval patches refresh`",
         )
     _write_mark(pin, commit)
@@ -182,9 +163,9 @@ def refresh() -> list[str]:
     _require_clone()
     _require_source()
     worktree, pin, folder = paths.worktree_dir(), source.pin(), paths.patches_dir()
-    if not _is_worktree(worktree):
+    if not is_worktree(worktree, paths.submodule_dir()):
         raise UsageError(f"{worktree} is not there", "run `turbo-eval patches apply`")
-    if _stopped(worktree):
+    if in_the_middle(worktree):
         raise UsageError(f"{worktree} is in the middle of a `git am` or rebase", "finish it there first")
     if git("status", "--porcelain", cwd=worktree).strip():
         raise UsageError(
@@ -192,7 +173,7 @@ def refresh() -> list[str]:
             "commit them there, e.g. `git commit --fixup <patch's commit>` and "
             f"`git rebase --autosquash {pin[:12]}`",
         )
-    exported = _export(worktree, pin)
+    exported = export(worktree, pin)
     if not exported and read_series():
         raise UsageError(
             f"{worktree} has no commits above the pin, which would delete the whole series",
@@ -217,20 +198,20 @@ def refresh() -> list[str]:
         (folder / "pin").write_text(f"{pin}\n")
         changes.append("changed: pin")
     # The commits were made by whoever edits; the ones that count are made from the files.
-    with _scratch_worktree(pin) as scratch:
-        failed = _am(scratch, read_series())
+    with scratch_worktree(paths.submodule_dir(), pin) as scratch:
+        failed = am(scratch, read_series())
         if failed is not None:
             raise RegressionError(
-                f"{failed.name} was written, but does not apply again",
+                f"{failed.patch.name} was written, but does not apply again",
                 "run `turbo-eval patches check` and look at that commit for mixed line ends",
             )
-        if _export(scratch, pin) != exported:
+        if export(scratch, pin) != exported:
             raise RegressionError(
                 "the series was written, but applied again it exports differently",
                 "run `turbo-eval patches check`, which says where",
             )
         commit = git("rev-parse", "HEAD", cwd=scratch).strip()
-    _move_worktree(worktree, commit)
+    checkout(paths.submodule_dir(), worktree, commit)
     _write_mark(pin, commit)
     return changes
 
@@ -269,17 +250,16 @@ def check() -> list[str]:
         for patch in series
         if patch.name not in explained
     ]
-    with _scratch_worktree(pin) as scratch:
-        reason: list[str] = []
-        failed = _am(scratch, series, reason=reason)
+    with scratch_worktree(paths.submodule_dir(), pin) as scratch:
+        failed = am(scratch, series)
         if failed is not None:
             problems.append(
-                f"patches/{failed.name} does not apply to {pin[:12]} ({reason[0]}): it or one "
+                f"patches/{failed.patch.name} does not apply to {pin[:12]} ({failed.reason}): it or one "
                 "before it was edited by hand; run `turbo-eval patches apply`, resolve, and "
                 "`turbo-eval patches refresh`."
             )
             return problems
-        again = _export(scratch, pin, strict=False)
+        again = export(scratch, pin, strict=False)
     for patch in series:
         was, new = patch.read_bytes(), again.pop(patch.name, None)
         if new is None:
@@ -326,10 +306,10 @@ def rebase(revision: str) -> SeriesState:
                 ) from error
     git("checkout", "--quiet", "--detach", commit, cwd=submodule)
     git("update-index", "--cacheinfo", f"160000,{commit},{source.SUBMODULE}", cwd=root)
-    _move_worktree(worktree, commit)
-    conflict = _am(worktree, read_series(), three_way=True)
+    checkout(paths.submodule_dir(), worktree, commit)
+    conflict = am(worktree, read_series(), three_way=True)
     if conflict is not None:
-        raise UsageError(_steps(conflict, worktree), "")
+        raise UsageError(_steps(conflict.patch, worktree), "")
     refresh()
     return status()
 
@@ -362,131 +342,6 @@ def _read_pin(folder: Path) -> str:
     """The pin as it is written down for packages, which have no gitlink; "" if it isn't."""
     file = folder / "pin"
     return file.read_text().strip() if file.is_file() else ""
-
-
-def _is_worktree(folder: Path) -> bool:
-    if not (folder / ".git").is_file():
-        return False
-    for last in (False, True):
-        try:
-            top = git("rev-parse", "--show-toplevel", cwd=folder).strip()
-            return Path(top).resolve() == folder.resolve()
-        except GitError:
-            # The clone was moved and the two no longer find each other; there may be edits in it.
-            if last or not paths.submodule_dir().is_dir():
-                return False
-            try:
-                git("worktree", "repair", str(folder), cwd=paths.submodule_dir())
-            except GitError:
-                return False
-    return False
-
-
-def _stopped(worktree: Path) -> bool:
-    return any(
-        (worktree / git("rev-parse", "--git-path", name, cwd=worktree).strip()).exists()
-        for name in ("rebase-apply", "rebase-merge")
-    )
-
-
-def _move_worktree(worktree: Path, commit: str) -> None:
-    """Check `commit` out in `worktree`, whatever state that is in; make it if it's not there."""
-    submodule = paths.submodule_dir()
-    if _is_worktree(worktree):
-        for verb in ("am", "rebase"):
-            if _stopped(worktree):
-                try:
-                    git(verb, "--abort", cwd=worktree)
-                except GitError:
-                    git(verb, "--quit", cwd=worktree)
-        git("checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
-        git("clean", "--quiet", "-d", "--force", cwd=worktree)
-        return
-    if worktree.exists():
-        if any(worktree.iterdir()) and not (worktree / "CMakeLists.txt").is_file():
-            raise EnvironmentProblem(f"{worktree} holds something else", "move it away")
-        shutil.rmtree(worktree)
-    worktree.parent.mkdir(parents=True, exist_ok=True)
-    git("worktree", "prune", cwd=submodule)
-    git("worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit, cwd=submodule)
-
-
-@contextmanager
-def _scratch_worktree(commit: str) -> Iterator[Path]:
-    submodule = paths.submodule_dir()
-    with tempfile.TemporaryDirectory(prefix="turbo-eval-patches-") as folder:
-        scratch = Path(folder) / "src"
-        git("worktree", "prune", cwd=submodule)
-        git("worktree", "add", "--quiet", "--detach", str(scratch), commit, cwd=submodule)
-        try:
-            yield scratch
-        finally:
-            git("worktree", "remove", "--force", str(scratch), cwd=submodule)
-
-
-def _am(
-    worktree: Path, series: list[Path], *, three_way: bool = False, reason: list[str] | None = None
-) -> Path | None:
-    """Apply in order; the first patch that fails, or None. Scratch runs stop at it, cleaned up by removal."""
-    for index, patch in enumerate(series):
-        rest = [str(path) for path in series[index:]] if three_way else [str(patch)]
-        try:
-            git(
-                *AM,
-                *(["--3way"] if three_way else []),
-                "--",
-                *rest,
-                cwd=worktree,
-                env=COMMITTER,
-                reproducible=True,
-            )
-        except GitError as error:
-            lines = [line.strip() for line in error.stderr.splitlines() if "error:" in line]
-            if reason is not None:
-                reason.append(lines[0].removeprefix("error: ") if lines else error.message)
-            return series[index + _done_in_this_am(worktree)] if three_way else patch
-        if three_way:
-            break
-    return None
-
-
-def _done_in_this_am(worktree: Path) -> int:
-    """How many patches of a stopped `am` are in already."""
-    place = worktree / git("rev-parse", "--git-path", "rebase-apply/next", cwd=worktree).strip()
-    return int(place.read_text()) - 1 if place.is_file() else 0
-
-
-def _export(worktree: Path, base: str, *, strict: bool = True) -> dict[str, bytes]:
-    """File name → content of every commit in base..HEAD, oldest first.
-
-    Raises:
-        UsageError: (strict) fixups, merges, or two commits of one name.
-    """
-    listing = git("log", "--reverse", "--format=%H%x09%P%x09%s", f"{base}..HEAD", cwd=worktree)
-    exported: dict[str, bytes] = {}
-    for line in listing.splitlines():
-        commit, parents, subject = line.split("\t", 2)
-        if strict and subject.startswith(("fixup!", "squash!", "amend!")):
-            raise UsageError(
-                f'{commit[:12]} "{subject}" is not folded into its patch',
-                f"run `git rebase --autosquash {base[:12]}` in {worktree}",
-            )
-        if strict and len(parents.split()) != 1:
-            raise UsageError(
-                f'{commit[:12]} "{subject}" is a merge', "make the history a line with `git rebase`"
-            )
-        name = file_name(subject)
-        if name in exported:
-            raise UsageError(f'two commits have the subject "{subject}"', "reword one of them")
-        text = git(*EXPORT, "-1", commit, cwd=worktree, reproducible=True)
-        exported[name] = text.encode("utf-8", "surrogateescape")
-    return exported
-
-
-def file_name(subject: str) -> str:
-    """`"ggml : add turbo3"` → `"ggml-add-turbo3.patch"`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")
-    return f"{slug[:64].rstrip('-') or 'patch'}.patch"
 
 
 def _first_difference(was: bytes, new: bytes) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -18,6 +17,7 @@ import psutil
 from turbo_eval import __version__
 from turbo_eval.errors import TurboEvalError
 from turbo_eval.llama import patches
+from turbo_eval.llama.backends import BACKENDS
 from turbo_eval.llama.build import Build
 from turbo_eval.records.provenance import Machine, Provenance
 from turbo_eval.util import paths
@@ -93,20 +93,7 @@ def _os() -> str:
 
 
 def _gpu() -> str:
-    return ", ".join(name for name, _ in gpus())
-
-
-def gpus() -> list[tuple[str, float]]:
-    """Name and memory (GiB) of each NVIDIA GPU that this process may use (CUDA_VISIBLE_DEVICES)."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.strip():
-        return []
-    chosen = () if visible is None else ("-i", visible)
-    query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    rows = [line.rsplit(",", 1) for line in _ask("nvidia-smi", *chosen, *query).splitlines()]
-    return [(row[0].strip(), round(float(row[1]) / 1024, 1)) for row in rows if len(row) == 2]
+    return ", ".join(card.name for backend in BACKENDS.values() for card in backend.cards())
 
 
 def _ask(*command: str) -> str:

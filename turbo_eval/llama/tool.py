@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.records.record import Cell
 from turbo_eval.util.process import child_environment
@@ -93,7 +94,7 @@ def perplexity_argv(
     argv += ["-fa", "on" if cell.flash_attn else "off", "-t", str(threads)]
     # --fit would change unset arguments to what fits the device's memory.
     argv += ["-fit", "off", "--no-warmup"]
-    argv += ["--device", "none"] if cell.backend == "cpu" else ["-ngl", "999"]
+    argv += backend(cell.backend).device_flags()
     if anchor is not None:
         argv += ["--kv-anchor", str(anchor)]
     if logits_out is not None:

@@ -1,4 +1,4 @@
-"""cmake, ninja and compilers: which one, recent enough or not."""
+"""cmake, ninja and the C++ compiler: which one, recent enough or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from turbo_eval.errors import EnvironmentProblem
 
 # cmake: `--fresh` and CUDA's "native" architecture came with 3.24.
 MINIMUM = {"cmake": (3, 24), "ninja": (1, 10)}
-NVCC_BY_DEFAULT = Path("/usr/local/cuda/bin/nvcc")  # where the toolkit's installer puts it
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,10 @@ class Tool:
     name: str
     path: Path
     version: str
+
+    def shown(self) -> str:
+        """For people."""
+        return f"{self.version} ({self.path})"
 
 
 def _candidates(name: str) -> list[Path]:
@@ -79,47 +82,3 @@ def cxx() -> Tool:
         f"no C++ compiler ({asked or 'c++, g++, clang++'}) is installed",
         "install one, e.g. `apt-get install g++` or `xcode-select --install`",
     )
-
-
-def nvcc() -> Tool:
-    """The CUDA compiler: $CUDACXX, PATH, $CUDA_HOME or $CUDA_PATH, /usr/local/cuda.
-
-    Raises:
-        EnvironmentProblem: there is none.
-    """
-    places = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    places += [f"{home}/bin/nvcc" for key in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(key))]
-    places.append(str(NVCC_BY_DEFAULT))
-    for place in places:
-        if not place or not Path(place).is_file():
-            continue
-        done = subprocess.run([place, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        release = re.search(r"release ([\d.]+)", done.stdout)
-        if done.returncode == 0 and release:
-            return Tool("nvcc", Path(place), f"nvcc {release[1]}")
-    raise EnvironmentProblem(
-        "the CUDA build needs nvcc, and there is none on PATH, in $CUDA_HOME or in /usr/local/cuda",
-        "install the CUDA toolkit or set CUDACXX",
-    )
-
-
-def has_nvidia_gpu() -> bool:
-    """Is there a device that "native" could mean?"""
-    smi = shutil.which("nvidia-smi")
-    if not smi:
-        return False
-    done = subprocess.run([smi, "-L"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return done.returncode == 0 and "GPU" in done.stdout
-
-
-def require_metal() -> None:
-    """Metal exists on macOS only, and its compiler in the command line tools.
-
-    Raises:
-        EnvironmentProblem: not here.
-    """
-    if sys.platform != "darwin":
-        raise EnvironmentProblem(
-            f"the Metal build needs macOS, this is {sys.platform}",
-            "build for the CPU here",
-        )

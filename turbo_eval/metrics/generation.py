@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval.llama import bindings, output
+from turbo_eval.llama.backends import backend
 from turbo_eval.metrics import judge
 from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.records.record import Cell, Greedy, Needle, Record, Run
@@ -75,7 +76,7 @@ def _request(job: Job, bench: Bench, output: Path) -> dict[str, Any]:
         "n_ctx": n_ctx,
         "need_tokens": per_prompt * cell.options.get("prompts", 1),
         "threads": bench.threads,
-        "backend": cell.backend,
+        "gpu_layers": backend(cell.backend).gpu_layers(),
         "options": cell.options,
         "output": str(output),
     }

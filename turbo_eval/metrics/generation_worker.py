@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from turbo_eval.llama.libraries import library
+
 QUESTION = "\n\nThe secret number of the archive is"
 NEEDLE = " The secret number of the archive is {number}. "
 
@@ -42,10 +44,10 @@ def ggml_type(name: str) -> int:
     """
     import llama_cpp
 
-    library = ctypes.CDLL(str(Path(llama_cpp.llama_cpp._lib._name).parent / "libggml-base.so"))
-    library.ggml_type_name.restype = ctypes.c_char_p
+    base = ctypes.CDLL(str(library(Path(llama_cpp.llama_cpp._lib._name).parent, "ggml-base")))
+    base.ggml_type_name.restype = ctypes.c_char_p
     for value in range(256):
-        if library.ggml_type_name(value) == name.encode():
+        if base.ggml_type_name(value) == name.encode():
             return value
     print(f"Unsupported cache type: {name}", flush=True)
     sys.exit(1)
@@ -61,7 +63,7 @@ def _load(job: dict[str, Any]) -> Any:
         n_ubatch=512,
         n_threads=job["threads"],
         n_threads_batch=job["threads"],
-        n_gpu_layers=0 if job["backend"] == "cpu" else -1,
+        n_gpu_layers=job["gpu_layers"],
         type_k=ggml_type(job["k"]),
         type_v=ggml_type(job["v"]),
         flash_attn=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turbo_eval.llama import output
+from turbo_eval.llama.backends import backend
 from turbo_eval.records.record import Cell, Effective, Status, finite
 from turbo_eval.util.process import Outcome
 
@@ -49,7 +50,7 @@ def judge_state(cell: Cell, effective: Effective) -> Verdict | None:
 
 
 def _judge_device(cell: Cell, effective: Effective) -> Verdict | None:
-    if cell.backend == "cpu":
+    if not backend(cell.backend).gpu:
         return None
     if effective.layers_offloaded is None:
         return "cpu-fallback", "no layer was offloaded to the GPU"

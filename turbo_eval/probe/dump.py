@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from turbo_eval.errors import RegressionError, UsageError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.codec import readable
-from turbo_eval.llama.build import BACKENDS, Build, find_build
+from turbo_eval.llama.backends import backend
+from turbo_eval.llama.build import Build, find_build
 from turbo_eval.llama.output import last_error
 from turbo_eval.llama.tool import capabilities
 from turbo_eval.util.process import child_environment, run
@@ -54,10 +55,7 @@ class Setup:
                     f"{part!r} in {text!r} is no setting",
                     "write backend=, k=, v=, anchor=, bin= or env.NAME=, separated by commas",
                 )
-        if known.get("backend", "cpu") not in BACKENDS:
-            raise UsageError(
-                f"there is no backend {known['backend']}", f"choose one of {', '.join(BACKENDS)}"
-            )
+        backend(known.get("backend", "cpu"))
         for side in ("k", "v"):
             name = cache_type(known.get(side, "f16")).name
             if not readable(name):
@@ -129,7 +127,7 @@ def take(
     out, log = folder / f"{name}.gguf", folder / f"{name}.log"
     argv: list[str | Path] = [tool, "-m", model, "-f", text, "-c", str(tokens), "-o", out]
     argv += ["-ctk", setup.k, "-ctv", setup.v, "-fa", "on", "-t", str(threads), "-fit", "off"]
-    argv += ["--device", "none"] if setup.backend == "cpu" else ["-ngl", "999"]
+    argv += backend(setup.backend).device_flags()
     if setup.anchor:
         if not capabilities(build).kv_anchor:
             raise UsageError(

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbo_eval.formats.cache_types import CACHE_TYPES
+from turbo_eval.llama.backends import backend as find_backend
+from turbo_eval.llama.libraries import library
 
 _HADAMARD = 1  # GGML_HINT_SRC0_IS_HADAMARD
 _F32_ACCUMULATOR = 10  # GGML_PREC_F32
-_DEVICE_KINDS = {"cpu": (0,), "metal": (1, 2), "cuda": (1, 2)}
-_REGISTRIES = {"cpu": ("CPU",), "metal": ("MTL", "Metal"), "cuda": ("CUDA", "ROCm", "MUSA")}
+_CPU_KINDS, _GPU_KINDS = (0,), (1, 2)  # ggml_backend_dev_type: CPU; GPU and integrated GPU
 
 
 class GgmlError(Exception):
@@ -91,7 +92,7 @@ class Ggml:
     """The libraries of `bin_dir`, and one device of theirs.
 
     Args:
-        backend: "cpu", "metal" or "cuda".
+        backend: name of one of the backends.
         device: a ggml device name that wins over `backend`, e.g. "CUDA1".
 
     Raises:
@@ -99,15 +100,14 @@ class Ggml:
     """
 
     def __init__(self, bin_dir: Path, backend: str, device: str = "") -> None:
-        suffix = ".dylib" if sys.platform == "darwin" else ".so"
         try:
             libraries = {
-                name: ctypes.CDLL(str(bin_dir / f"lib{file}{suffix}"), mode=ctypes.RTLD_GLOBAL)
+                name: ctypes.CDLL(str(library(bin_dir, file)), mode=ctypes.RTLD_GLOBAL)
                 for name, file in (("base", "ggml-base"), ("ggml", "ggml"))
             }
             self._call: dict[str, Callable[..., Any]] = {}
-            for name, (library, result, arguments) in _FUNCTIONS.items():
-                function = libraries[library][name]
+            for name, (place, result, arguments) in _FUNCTIONS.items():
+                function = libraries[place][name]
                 function.restype, function.argtypes = result, arguments
                 self._call[name] = function
         except (OSError, AttributeError) as error:
@@ -143,7 +143,7 @@ class Ggml:
         return names
 
     def _find(self, backend: str, device: str) -> Any:
-        seen = []
+        seen, wanted = [], find_backend(backend)
         for number in range(self._call["ggml_backend_dev_count"]()):
             candidate = self._call["ggml_backend_dev_get"](number)
             name = self._text("ggml_backend_dev_name", candidate)
@@ -154,7 +154,8 @@ class Ggml:
             if name == device:
                 return candidate
             kind = self._call["ggml_backend_dev_type"](candidate)
-            if not device and kind in _DEVICE_KINDS[backend] and registry in _REGISTRIES[backend]:
+            kinds = _GPU_KINDS if wanted.gpu else _CPU_KINDS
+            if not device and kind in kinds and registry in wanted.registries:
                 return candidate
         raise GgmlError(f"there is no device {device or backend} (there are: {', '.join(seen) or 'none'})")
 

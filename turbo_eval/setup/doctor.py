@@ -15,6 +15,7 @@ from turbo_eval.errors import EnvironmentProblem, TurboEvalError
 from turbo_eval.inputs import corpora, models
 from turbo_eval.llama import bindings, patches, provenance, source, toolchain
 from turbo_eval.llama import build as builds
+from turbo_eval.llama.backends import BACKENDS
 from turbo_eval.util import paths
 from turbo_eval.util.git import git
 from turbo_eval.util.project import Project
@@ -64,8 +65,8 @@ def _toolchain() -> Iterator[Finding]:
     )
     yield _attempt(section, "git", lambda: git("--version", cwd=Path.cwd()).strip(), required=True)
     for name in toolchain.MINIMUM:
-        yield _attempt(section, name, lambda name=name: _shown(toolchain.find(name)), required=True)  # type: ignore[misc]
-    yield _attempt(section, "C++ compiler", lambda: _shown(toolchain.cxx()), required=True)
+        yield _attempt(section, name, lambda name=name: toolchain.find(name).shown(), required=True)  # type: ignore[misc]
+    yield _attempt(section, "C++ compiler", lambda: toolchain.cxx().shown(), required=True)
     ccache = shutil.which("ccache")
     yield Finding(
         section,
@@ -74,13 +75,9 @@ def _toolchain() -> Iterator[Finding]:
         ccache or "not installed: rebuilds after a patch change take longer",
         "install ccache (optional)",
     )
-    yield _attempt(section, "nvcc", lambda: _shown(toolchain.nvcc()), "only needed for CUDA builds")
-    if sys.platform == "darwin":
-        yield Finding(section, "metal", True, "macOS")
-
-
-def _shown(tool: toolchain.Tool) -> str:
-    return f"{tool.version} ({tool.path})"
+    for backend in BACKENDS.values():
+        for name, ask in backend.needs().items():
+            yield _attempt(section, name, ask, f"only needed for {backend.title} builds")
 
 
 def _source() -> Iterator[Finding]:
@@ -129,7 +126,7 @@ def _source() -> Iterator[Finding]:
 
 
 def _builds() -> Iterator[Finding]:
-    for backend in builds.BACKENDS:
+    for backend in BACKENDS:
 
         def look(backend: str = backend) -> str:
             found = builds.find_build(backend)
