@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,10 +20,22 @@ from turbo_eval.util import paths
 
 
 def absent(error: TurboEvalError) -> NoReturn:
-    """Skip where a person has not built or downloaded yet; fail in CI, which must not pass by skipping."""
-    if os.environ.get("CI"):
-        pytest.fail(error.sentence())
+    """Skip where a person has not built or downloaded yet; in CI see below."""
     pytest.skip(error.sentence())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a test that skips itself fails, because .ci/run installs all but a GPU and a Mac."""
+    report = yield
+    excused = item.get_closest_marker("gpu") or item.get_closest_marker("mac")
+    if os.environ.get("CI") and report.skipped and not excused and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.longrepr = f"{reason} (in CI nothing may be skipped but what needs a GPU or a Mac)"
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +53,15 @@ def smollm() -> ModelFile:
     """SmolLM2-135M, downloaded if it isn't here."""
     try:
         return resolve_model("smollm2-135m")
+    except TurboEvalError as error:
+        absent(error)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> ModelFile:
+    """Qwen2.5-Coder-0.5B, whose K has a large bias: 490 MB, so only CI downloads it by itself."""
+    try:
+        return resolve_model("qwen2.5-coder-0.5b", download=bool(os.environ.get("CI")))
     except TurboEvalError as error:
         absent(error)
 

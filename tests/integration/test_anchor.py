@@ -12,23 +12,14 @@ import pytest
 from tests.support.divergence import Divergence, tool
 from turbo_eval.anchor.calibrate import TOOL, calibrate
 from turbo_eval.anchor.kbias import anchor_phase, mean_phase, read_kbias
-from turbo_eval.errors import TurboEvalError
 from turbo_eval.inputs.corpora import CorpusFile
-from turbo_eval.inputs.models import ModelFile, resolve_model
+from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.util.process import child_environment
 
 pytestmark = pytest.mark.build
 
 PROMPT = "The history of the lighthouse begins"
-
-
-@pytest.fixture(scope="module")
-def qwen() -> ModelFile:
-    try:
-        return resolve_model("qwen2.5-coder-0.5b", download=False)
-    except TurboEvalError as error:
-        pytest.skip(error.sentence())
 
 
 @pytest.fixture(autouse=True)

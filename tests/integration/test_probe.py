@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from turbo_eval.errors import TurboEvalError, UsageError
+from turbo_eval.errors import UsageError
 from turbo_eval.formats.codec import reference
 from turbo_eval.inputs.corpora import CorpusFile
-from turbo_eval.inputs.models import ModelFile, resolve_model
+from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
 from turbo_eval.probe import Setup, compare, render, take
@@ -198,13 +198,11 @@ def test_a_fault_is_named(
 
 
 @pytest.mark.build
-def test_qwens_k_bias_is_seen_at_layer_0(probing_build: Build, prose: CorpusFile, tmp_path: Path) -> None:
-    try:
-        model = resolve_model("qwen2.5-coder-0.5b", download=False)
-    except TurboEvalError as error:
-        pytest.skip(error.sentence())
+def test_qwens_k_bias_is_seen_at_layer_0(
+    probing_build: Build, qwen: ModelFile, prose: CorpusFile, tmp_path: Path
+) -> None:
     anchored = capabilities(probing_build).kv_anchor
-    prober = Prober(probing_build, model, prose, tmp_path)
+    prober = Prober(probing_build, qwen, prose, tmp_path)
     off = prober.dump("k=turbo4,v=f16" + (",anchor=off" if anchored else ""))
     result = compare(prober.dump("k=f16,v=f16"), off)
     assert result.findings_a == ()

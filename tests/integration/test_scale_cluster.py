@@ -24,10 +24,10 @@ from turbo_eval.llama.provenance import machine
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import read_all
 from turbo_eval.scale import overhead
-from turbo_eval.scale.cluster import Cluster
-from turbo_eval.scale.executor import Patience, run_on_cluster
+from turbo_eval.scale.client.cluster import Cluster
+from turbo_eval.scale.client.executor import Patience, run_on_cluster
+from turbo_eval.scale.client.pool import PRELOAD, SCHEDULER, scheduler, started
 from turbo_eval.scale.overhead import simulated_plan
-from turbo_eval.scale.pool import PRELOAD, SCHEDULER, scheduler, started
 from turbo_eval.scale.target import TlsFiles, security
 from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.run import SweepResult

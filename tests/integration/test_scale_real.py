@@ -21,8 +21,8 @@ from tests.support.harness import QUICK, Cli, faulty, one_sentence
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.scale.cluster import Cluster
-from turbo_eval.scale.pool import PRELOAD, SCHEDULER, scheduler, started
+from turbo_eval.scale.client.cluster import Cluster
+from turbo_eval.scale.client.pool import PRELOAD, SCHEDULER, scheduler, started
 
 trustme = pytest.importorskip("trustme")
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.scale import overhead
-from turbo_eval.scale.content import RefusedError
 from turbo_eval.scale.wire import Admit, Admitted, Measure, Measured
-from turbo_eval.scale.worker import Device, find_device, serve
+from turbo_eval.scale.worker.cells import Device, find_device, serve
+from turbo_eval.scale.worker.content import RefusedError
 
 
 class Rules(overhead.Sleeper):

@@ -85,7 +85,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium, which .ci/run installs")
 @pytest.mark.parametrize(("size", "dark"), [("1280,2400", False), ("390,2400", True)])
 def test_in_chromium(page: Path, tmp_path: Path, size: str, dark: bool) -> None:
     """It renders on a desk and on a phone, in light and dark, without a console message."""
@@ -106,7 +106,7 @@ def test_in_chromium(page: Path, tmp_path: Path, size: str, dark: bool) -> None:
     assert "CONSOLE" not in done.stderr
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the Debian package chromium, which .ci/run installs")
 def test_a_phone_does_not_scroll_sideways(page: Path, tmp_path: Path) -> None:
     """The browser's own layout: the page is no wider than the window, wide tables scroll inside."""
     probe = tmp_path / "probe.html"

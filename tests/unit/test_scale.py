@@ -22,13 +22,13 @@ from turbo_eval.llama import build as builds
 from turbo_eval.llama import patches
 from turbo_eval.llama.provenance import machine
 from turbo_eval.scale import entry, guard
-from turbo_eval.scale.content import Content, RefusedError
-from turbo_eval.scale.placement import Placement
-from turbo_eval.scale.pool import shares
+from turbo_eval.scale.client.placement import Placement
+from turbo_eval.scale.client.pool import shares
 from turbo_eval.scale.target import Target, TlsFiles, parse_target, scheduler_address, security
-from turbo_eval.scale.tree import matching_build
 from turbo_eval.scale.wire import Admit, Measure, Need, Source
-from turbo_eval.scale.worker import Cells, Device, find_device
+from turbo_eval.scale.worker.cells import Cells, Device, find_device
+from turbo_eval.scale.worker.content import Content, RefusedError
+from turbo_eval.scale.worker.tree import matching_build
 from turbo_eval.util.files import FileMemory, file_sha256, sha256_of
 
 DECODE = {"batched_ubatch": 512, "batched_chunks": 4, "bound_pct": 2.0}

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
 import re
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turbo_eval.bisect.history import History, UntestableError, bisect_dir, checkout
+from turbo_eval.bisect.history import History, UntestableError, bisect_dir
 from turbo_eval.llama import build as builds
-from turbo_eval.llama import toolchain
+from turbo_eval.llama import cmake, toolchain
 from turbo_eval.llama.build import Build
+from turbo_eval.llama.worktree import checkout
 from turbo_eval.util import paths
 from turbo_eval.util.files import atomic_write
 from turbo_eval.util.git import git
 
 TARGET = "llama-perplexity"
-_ERROR = re.compile(r"(?:error:|CMake Error|ninja: error|fatal error).*", re.IGNORECASE)
 
 
 @dataclass
@@ -91,33 +90,19 @@ class Builder:
     def _compile(self, commit: str, failure: Path) -> None:
         source, folder = bisect_dir() / "src", self._build_dir()
         checkout(self.history.llama, source, commit)
-        cmake, ninja = toolchain.find("cmake").path, toolchain.find("ninja").path
-        definitions = [f"-D{key}={value}" for key, value in self._options.items()]
-        steps: tuple[list[str | Path], ...] = (
-            [cmake, "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *definitions],
-            [ninja, "-C", folder, f"-j{self.jobs}", TARGET],
-        )
-        env = os.environ | {
-            "CCACHE_BASEDIR": os.environ.get("CCACHE_BASEDIR", str(paths.repo_root())),
-            "CCACHE_NOHASHDIR": "1",
-        }
         log = bisect_dir() / "build.log"
         started = time.monotonic()
         self.made += 1
         try:
-            for command in steps:
-                with log.open("wb") as stream:
-                    done = subprocess.run(
-                        command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
-                    )
-                if done.returncode != 0:
-                    said = _ERROR.search(log.read_text(errors="replace"))
-                    reason = said[0].strip()[:200] if said else f"exit code {done.returncode}"
-                    if "No space left" in log.read_text(errors="replace"):
-                        raise OSError(28, "No space left on device", str(folder))
-                    with atomic_write(failure) as stream:
-                        stream.write(f"it does not build: {reason}".encode())
-                    raise UntestableError(f"it does not build: {reason}")
+            cmake.configure(source, folder, self._options, self._compiler, log)
+            cmake.compile(folder, [TARGET], self.jobs, log, self.backend)
+        except cmake.BuildFailed as error:
+            if "No space left" in log.read_text(errors="replace"):
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from None
+            reason = f"it does not build: {error.reason[:200]}"
+            with atomic_write(failure) as stream:
+                stream.write(reason.encode())
+            raise UntestableError(reason) from None
         finally:
             self.seconds += time.monotonic() - started
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+
+from simpleeval import InvalidExpression, SimpleEval
 
 from turbo_eval.errors import UsageError
 from turbo_eval.records.record import Record
@@ -15,17 +16,18 @@ from turbo_eval.records.record import Record
 # perplexity of f16:f16 at the same revision.
 NAMES = ("ppl", "ppl_err", "kld", "kld_p99", "same_top", "baseline", "f16")
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+# All that a condition may do; comparisons are chained and joined by and, or as in Python.
+_OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
-}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
 }
 
 
@@ -44,7 +46,7 @@ class Condition:
     def __init__(self, text: str) -> None:
         self.text = text
         try:
-            self._tree = ast.parse(text, mode="eval").body
+            self._tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError:
             raise _unreadable(text, "it is no expression") from None
         if not isinstance(self._tree, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
@@ -66,27 +68,11 @@ class Condition:
 
     def holds(self, values: Mapping[str, float]) -> bool:
         """Evaluate it."""
-        return bool(self._value(self._tree, values))
-
-    def _value(self, node: ast.expr, values: Mapping[str, float]) -> Any:
-        match node:
-            case ast.Name(id=name):
-                return values[name]
-            case ast.Constant(value=int() | float() as number):
-                return float(number)
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return _BINARY[type(op)](self._value(left, values), self._value(right, values))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._value(operand, values)
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                return not self._value(operand, values)
-            case ast.BoolOp(op=op, values=parts):
-                every = all if isinstance(op, ast.And) else any
-                return every(self._value(part, values) for part in parts)
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
-                return _COMPARE[type(op)](self._value(left, values), self._value(right, values))
-            case _:
-                raise _unreadable(self.text, f"{ast.unparse(node)} is not understood")
+        evaluator = SimpleEval(operators=_OPERATORS, functions={}, names=dict(values))
+        try:
+            return bool(evaluator.eval(self.text, previously_parsed=self._tree))
+        except (InvalidExpression, TypeError, NotImplementedError) as error:
+            raise _unreadable(self.text, f"{error}") from None
 
 
 def _unreadable(text: str, why: str) -> UsageError:

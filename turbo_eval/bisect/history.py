@@ -11,6 +11,7 @@ from pathlib import Path
 
 from turbo_eval.errors import TurboEvalError, UsageError
 from turbo_eval.llama import patches, source
+from turbo_eval.llama.worktree import am, checkout
 from turbo_eval.util import paths
 from turbo_eval.util.git import GitError, git
 
@@ -86,15 +87,11 @@ class History:
             for name in filter(None, listing.split("\0")):
                 text = git("show", f"{commit}:patches/{name}", cwd=self.repo)
                 (series / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-            for patch in patches.read_series(series):
-                git(
-                    *(*patches.AM, "--", str(patch)),
-                    cwd=scratch,
-                    env=patches.COMMITTER,
-                    reproducible=True,
-                )
+            failed = am(scratch, patches.read_series(series))
         except (GitError, UsageError) as error:
             raise UntestableError(error.message) from None
+        if failed is not None:
+            raise UntestableError(f"{failed.patch.name} does not apply to {pin[:12]}: {failed.reason}")
         return git("rev-parse", "HEAD", cwd=scratch).strip()
 
 
@@ -131,40 +128,14 @@ def series_commits(history: History) -> list[str]:
     pin = source.pin()
     scratch = bisect_dir() / "apply"
     checkout(history.llama, scratch, pin)
-    try:
-        for patch in patches.read_series():
-            git(*patches.AM, "--", str(patch), cwd=scratch, env=patches.COMMITTER, reproducible=True)
-    except GitError as error:
+    failed = am(scratch, patches.read_series())
+    if failed is not None:
         raise UsageError(
-            f"the series does not apply to {pin[:12]} ({error.message})", "run `turbo-eval patches check`"
-        ) from None
+            f"{failed.patch.name} does not apply to {pin[:12]} ({failed.reason})",
+            "run `turbo-eval patches check`",
+        )
     head = git("rev-parse", "HEAD", cwd=scratch).strip()
     return [pin, *git("rev-list", "--reverse", f"{pin}..{head}", cwd=scratch).split()]
-
-
-def checkout(repo: Path, worktree: Path, commit: str) -> None:
-    """Bring a worktree of `repo` to `commit`; files that don't change keep their times."""
-    if worktree.is_dir() and _common(worktree) == _common(repo):
-        stopped = git("rev-parse", "--git-path", "rebase-apply", cwd=worktree).strip()
-        if (worktree / stopped).exists():
-            git("am", "--quit", cwd=worktree)
-        git("checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
-        git("clean", "--quiet", "-d", "--force", cwd=worktree)
-        return
-    shutil.rmtree(worktree, ignore_errors=True)
-    worktree.parent.mkdir(parents=True, exist_ok=True)
-    git("worktree", "prune", cwd=repo)
-    git("worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit, cwd=repo)
-
-
-def _common(repo: Path) -> Path | None:
-    try:
-        if Path(git("rev-parse", "--show-toplevel", cwd=repo).strip()).resolve() != repo.resolve():
-            return None
-        common = Path(git("rev-parse", "--git-common-dir", cwd=repo).strip())
-    except GitError:
-        return None
-    return (common if common.is_absolute() else repo / common).resolve()
 
 
 @dataclass

@@ -27,11 +27,11 @@ from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import machine
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
-from turbo_eval.scale.cluster import Cluster
-from turbo_eval.scale.executor import run_on_cluster
-from turbo_eval.scale.pool import scheduler, started
+from turbo_eval.scale.client.cluster import Cluster
+from turbo_eval.scale.client.executor import run_on_cluster
+from turbo_eval.scale.client.pool import scheduler, started
 from turbo_eval.scale.wire import Admit, Admitted, Measure, Measured
-from turbo_eval.scale.worker import Cells, find_device, serve
+from turbo_eval.scale.worker.cells import Cells, find_device, serve
 from turbo_eval.sweep.plan import Job, Plan
 from turbo_eval.sweep.spec import sweep_spec
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record
@@ -106,3 +106,12 @@ class Stored(_Message):
 
 Request = Annotated[Admit | Measure | Put, Field(discriminator="op")]
 REQUEST: TypeAdapter[Admit | Measure | Put] = TypeAdapter(Request)
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def read(model: type[_M], text: str) -> _M | None:
+    """The message in `text`; None if it is none."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError:
+        return None

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,7 +80,7 @@ def relevant_environment(env: Mapping[str, str] | None = None) -> dict[str, str]
 _HARMLESS = frozenset({"LLAMA_CPP_LIB_PATH", "LLAMA_CACHE", "LLAMA_TRACE", "GGML_NO_BACKTRACE"})
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: be killed when turbo-eval is, so that kill -9 leaves no orphan computing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -108,72 +108,106 @@ def run(
         KeyboardInterrupt: passed on after the process was ended.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin = heard = time.monotonic()
+    begin = time.monotonic()
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         sink = log.open("wb", buffering=0)
-    pieces: list[str] = []
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
-    timed_out = stopped = False
     with sink:
+        process = _start(argv, env, cwd)
+        watch = _Watch(process, begin, timeout, silence, on_text)
         try:
-            process = subprocess.Popen(
-                [str(a) for a in argv],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                cwd=cwd,
-                start_new_session=True,  # Ctrl-C reaches us alone; we end the child
-                preexec_fn=_die_with_parent,
-            )
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"{argv[0]} cannot be started: {error.strerror}", paths.step("build-cpu", "build cpu")
-            ) from None
-        assert process.stdout is not None
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                while True:
-                    now = time.monotonic()
-                    left = silence - (now - heard)
-                    if timeout is not None:
-                        left = min(left, timeout - (now - begin))
-                    if left <= 0:
-                        timed_out = True
-                        break
-                    if not selector.select(min(left, 1.0)):
-                        if process.poll() is not None:
-                            break  # a grandchild may still hold the pipe; the tool itself is done
-                        continue
-                    piece = os.read(process.stdout.fileno(), 1 << 16)
-                    if not piece:
-                        break
-                    heard = time.monotonic()
-                    with writing(log):
-                        sink.write(piece)
-                    pieces.append(decoder.decode(piece))
-                    if on_text and on_text(pieces[-1]):
-                        stopped = True
-                        break
+            for piece in watch.pieces():
+                with writing(log):
+                    sink.write(piece)
+                watch.take(piece)
         except BaseException:
             _end(process)
             raise
-        if timed_out or stopped:
+        if watch.timed_out or watch.stopped:
             _end(process)
     returncode, cpu_seconds, peak_mib = _reap(process)
     _CHILDREN.append(time.monotonic() - begin)
     return Outcome(
-        returncode=None if timed_out or stopped else returncode,
-        timed_out=timed_out,
-        stopped=stopped,
-        text="".join(pieces),
+        returncode=None if watch.timed_out or watch.stopped else returncode,
+        timed_out=watch.timed_out,
+        stopped=watch.stopped,
+        text="".join(watch.texts),
         started=started,
         seconds=round(_CHILDREN[-1], 3),
         cpu_seconds=round(cpu_seconds, 3),
         peak_mib=round(peak_mib, 1),
     )
+
+
+def _start(argv: Sequence[str | Path], env: Mapping[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [str(a) for a in argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,  # Ctrl-C reaches us alone; we end the child
+            preexec_fn=die_with_parent,
+        )
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{argv[0]} cannot be started: {error.strerror}", paths.step("build-cpu", "build cpu")
+        ) from None
+
+
+class _Watch:
+    """Reads a process's output until it ends, takes too long, or its reader has heard enough."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        begin: float,
+        timeout: float | None,
+        silence: float,
+        on_text: Callable[[str], bool | None] | None,
+    ) -> None:
+        self.timed_out = self.stopped = False
+        self.texts: list[str] = []
+        self._process, self._begin, self._heard = process, begin, begin
+        self._timeout, self._silence, self._on_text = timeout, silence, on_text
+        # a read may end inside a character
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pieces(self) -> Iterator[bytes]:
+        """What it writes, as it comes."""
+        stream = self._process.stdout
+        assert stream is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            while not self.stopped:
+                left = self._left()
+                if left <= 0:
+                    self.timed_out = True
+                    return
+                if not selector.select(min(left, 1.0)):
+                    if self._process.poll() is not None:
+                        return  # a grandchild may still hold the pipe; the tool itself is done
+                    continue
+                piece = os.read(stream.fileno(), 1 << 16)
+                if not piece:
+                    return
+                self._heard = time.monotonic()
+                yield piece
+
+    def _left(self) -> float:
+        """Seconds until it has taken too long, or been silent for too long."""
+        now = time.monotonic()
+        left = self._silence - (now - self._heard)
+        return left if self._timeout is None else min(left, self._timeout - (now - self._begin))
+
+    def take(self, piece: bytes) -> None:
+        """Keep a piece and let the reader see it."""
+        text = self._decoder.decode(piece)
+        self.texts.append(text)
+        if self._on_text and self._on_text(text):
+            self.stopped = True
 
 
 _CHILDREN: list[float] = []

@@ -1,0 +1,1 @@
+"""The sweep's side: hands out cells, takes in records."""
