@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
 
 @group.command()
 def status() -> None:
-    """Pin, series, and whether build/src holds exactly that."""
+    """Pin, series, and whether build/src holds exactly that.
+
+    turbo-eval patches status
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -52,7 +55,10 @@ def status() -> None:
 def apply(
     force: bool = typer.Option(False, "--force", help="Throw away edits that the series does not hold."),
 ) -> None:
-    """Bring build/src to pin + series; the commit is the same on every machine."""
+    """Bring build/src to pin + series; the commit is the same on every machine.
+
+    turbo-eval patches apply --force
+    """
     from turbo_eval.llama import patches
 
     now = patches.apply(force=force)
@@ -63,7 +69,10 @@ def apply(
 
 @group.command()
 def refresh() -> None:
-    """Write build/src's commits above the pin out as patches/ and its series."""
+    """Write build/src's commits above the pin out as patches/ and its series.
+
+    turbo-eval patches refresh && git diff --stat patches
+    """
     from turbo_eval.llama import patches
 
     changes = patches.refresh()
@@ -72,7 +81,10 @@ def refresh() -> None:
 
 @group.command()
 def check() -> None:
-    """Is the series sound? Exit 1 and a sentence for each thing that isn't. Needs no compiler."""
+    """Is the series sound? Exit 1 and a sentence for each thing that isn't. Needs no compiler.
+
+    turbo-eval patches check
+    """
     from turbo_eval.errors import RegressionError
     from turbo_eval.llama import patches
 
@@ -96,12 +108,12 @@ def rebase(
     """
     from turbo_eval.errors import RegressionError
     from turbo_eval.llama import patches
-    from turbo_eval.util import paths
+    from turbo_eval.util import paths, python
 
     now = patches.rebase(revision)
     print(f"{len(now.patches)} patches now on {now.pin}")
     if build:
-        command = [sys.executable, "-m", "turbo_eval"]
+        command = python.command("-m", "turbo_eval")
         for step in (["build", "cpu"], ["sweep", str(paths.configs_dir() / "demo.toml"), "--chunks", "1"]):
             code = subprocess.run([*command, *step]).returncode
             if code:

@@ -20,6 +20,7 @@ from unearth.auth import MultiDomainBasicAuth
 from unearth.fetchers import Fetcher, PyPIClient
 
 from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.util import python
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def settings() -> IndexSettings:
     code = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
     try:
         default = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+            python.command("-c", code), capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
         ).stdout.strip()
         listing = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "list"],
+            python.command("-m", "pip", "config", "list"),
             capture_output=True,
             text=True,
             check=True,

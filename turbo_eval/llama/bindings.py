@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.llama import source
+from turbo_eval.util import python
 
 NAME, _, VERSION = source.SDIST_REQUIREMENT.partition("==")
 
@@ -44,7 +45,7 @@ def install() -> bool:
         return False
     sdist = source.ensure_sdist()
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", str(sdist)],
+        python.command("-m", "pip", "install", "--quiet", sdist),
         env=os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"},
         capture_output=True,
         text=True,

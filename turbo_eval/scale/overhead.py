@@ -25,6 +25,7 @@ from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import machine
+from turbo_eval.metrics.job import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
 from turbo_eval.scale.client.cluster import Cluster
@@ -32,8 +33,9 @@ from turbo_eval.scale.client.executor import run_on_cluster
 from turbo_eval.scale.client.pool import scheduler, started
 from turbo_eval.scale.wire import Admit, Admitted, Measure, Measured
 from turbo_eval.scale.worker.cells import Cells, find_device, serve
-from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.spec import sweep_spec
+from turbo_eval.util import python
 
 _TREE = "simulated"
 
@@ -151,7 +153,7 @@ def measure(cells: int, seconds: float, workers: int) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="turbo-eval-overhead-")))
         address, process = stack.enter_context(scheduler(folder))
-        me = [sys.executable, "-m", "turbo_eval.scale.overhead", "--worker", address]
+        me = python.command("-m", "turbo_eval.scale.overhead", "--worker", address)
         for number in range(workers):
             log = folder / f"worker-{number}.log"
             stack.enter_context(started([*me, "--seconds", str(seconds)], log, {}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.llama.build import Build
 from turbo_eval.selftest.checks import all_checks
+from turbo_eval.util import python
 from turbo_eval.util.process import child_environment
 
 
@@ -53,7 +53,7 @@ class Selftest:
         with (
             tempfile.TemporaryFile() as said,
             subprocess.Popen(
-                [sys.executable, "-m", "turbo_eval.selftest.worker", asked],
+                python.command("-m", "turbo_eval.selftest.worker", asked),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,

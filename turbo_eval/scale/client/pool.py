@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,13 @@ from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.backends.base import Share
 from turbo_eval.llama.provenance import machine
+from turbo_eval.util import paths, python
 from turbo_eval.util.process import die_with_parent
 
 _START_SECONDS = 60.0
-SCHEDULER = (sys.executable, "-m", "distributed.cli.dask_scheduler")
+SCHEDULER = tuple(python.command("-m", "distributed.cli.dask_scheduler"))
+# How often a worker that ended is replaced; one that ends at once would be started for ever.
+REPLACEMENTS = 3
 PRELOAD = ("--preload", "turbo_eval.scale.preload")
 
 
@@ -43,7 +46,7 @@ def scheduler(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Pop
     command = [*SCHEDULER, "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
     # Where nothing ends it with its parent (macOS), it ends itself when nobody asks for anything.
     command += ["--idle-timeout", "600", "--scheduler-file", str(file), *PRELOAD]
-    with started([*command, *options], folder / "scheduler.log", {}) as process:
+    with started([*command, *options], folder / "scheduler.log", {}, folder) as process:
         until = time.monotonic() + _START_SECONDS
         while True:
             try:
@@ -71,16 +74,49 @@ def pool(jobs: int, name: str, threads: int | None, bin_dir: Path | None) -> Ite
     with tempfile.TemporaryDirectory(prefix="turbo-eval-pool-") as scratch:
         folder = Path(scratch)
         with scheduler(folder) as (address, _):
-            processes: list[subprocess.Popen[bytes]] = []
+
+            def start(number: int) -> subprocess.Popen[bytes]:
+                command = python.command("-m", "turbo_eval", "worker", address, "--backend", name)
+                command += ["--threads", str(parts[number].threads)]
+                command += ["--bin-dir", str(bin_dir.resolve())] if bin_dir else []
+                env = parts[number].env | _places()
+                return _start(command, folder / f"worker-{number}.log", env, folder)
+
+            processes = [start(number) for number in range(len(parts))]
+            done = threading.Event()
+            watch = threading.Thread(target=_replace_lost, args=(processes, start, done), daemon=True)
+            watch.start()
             try:
-                for number, part in enumerate(parts):
-                    command = [sys.executable, "-m", "turbo_eval", "worker", address, "--backend", name]
-                    command += ["--threads", str(part.threads)]
-                    command += ["--bin-dir", str(bin_dir)] if bin_dir else []
-                    processes.append(_start(command, folder / f"worker-{number}.log", part.env))
                 yield address
             finally:
+                done.set()
+                watch.join()
                 end(processes)
+
+
+def _places() -> dict[str, str]:
+    """What a child in another folder has to be told: where project and files are."""
+    found = {}
+    for name in ("TURBO_EVAL_CACHE", "TURBO_EVAL_RESULTS"):
+        if value := os.environ.get(name):
+            found[name] = str(Path(value).expanduser().resolve())
+    project = paths.project()
+    root = project.folder if project is not None else paths.checkout()
+    return found | ({"TURBO_EVAL_ROOT": str(root)} if root is not None else {})
+
+
+def _replace_lost(
+    processes: list[subprocess.Popen[bytes]],
+    start: Callable[[int], subprocess.Popen[bytes]],
+    done: threading.Event,
+) -> None:
+    """Start a worker anew that was killed or crashed, until `done`."""
+    left = [REPLACEMENTS] * len(processes)
+    while not done.wait(0.5):
+        for number, process in enumerate(processes):
+            if process.poll() is not None and left[number]:
+                left[number] -= 1
+                processes[number] = start(number)
 
 
 @contextmanager
@@ -104,7 +140,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=os.environ | env,
+            env=python.environment(os.environ | env),
             cwd=cwd,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends the rest
             preexec_fn=die_with_parent,
