@@ -1,5 +1,5 @@
 """`python -m turbo_eval`: the same as the console script."""
 
-from turbo_eval.cli import main
+from turbo_eval.entry import main
 
 main()

@@ -6,11 +6,12 @@ import errno
 import os
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from turbo_eval.errors import TurboEvalError
+from turbo_eval.util.terminal import speak_plainly
 
 # Order is the order in --help. A module is added here when it exists.
 COMMANDS: tuple[str, ...] = (
@@ -85,8 +86,10 @@ def main() -> None:
 
     `TURBO_EVAL_DEBUG=1` lets the traceback through.
     """
+    speak_plainly()
     try:
-        app()
+        # Typer's own messages come as exceptions then: boxes of several lines otherwise.
+        code = app(standalone_mode=False)
     except TurboEvalError as error:
         _fail(error, error.sentence(), error.exit_code)
     except OSError as error:
@@ -95,6 +98,29 @@ def main() -> None:
         place = error.filename or "the disk"
         step = "free space, or set TURBO_EVAL_CACHE or TURBO_EVAL_RESULTS to another place"
         _fail(error, f"{place} cannot be used ({error.strerror}); {step}.", 4)
+    except KeyboardInterrupt as error:
+        _fail(error, "interrupted.", _INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's errors have it, under whatever name they come
+            raise
+        _refuse(error)
+    if code == _INTERRUPTED:
+        print("turbo-eval: interrupted.", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_INTERRUPTED = 130
+
+
+def _refuse(error: Any) -> NoReturn:
+    """A command line that typer does not understand."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # it is a help page
+        error.show()
+        sys.exit(error.exit_code)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "turbo-eval"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    _fail(error, f"{message[:1].lower()}{message[1:]}; see `{command} --help`.", error.exit_code)
 
 
 def _fail(error: BaseException, sentence: str, code: int) -> NoReturn:
