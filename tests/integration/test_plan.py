@@ -14,8 +14,8 @@ from turbo_eval.formats.cache_types import CACHE_TYPES, kv_mib, parse_pair
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.metrics.base_logits import base_cell
-from turbo_eval.sweep.plan import Plan, batched_cell, make_plan, ordered_pairs, wanted_metrics
+from turbo_eval.records.reference import exact_cell
+from turbo_eval.sweep.plan import Plan, make_plan, ordered_pairs, wanted_metrics
 from turbo_eval.sweep.spec import SweepSpec, sweep_spec
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
@@ -64,6 +64,7 @@ def test_metrics_bring_what_they_need() -> None:
 def test_the_baseline_goes_first_and_f16_before_generation() -> None:
     given = spec(pairs=["q4_0:q4_0", "q8_0:q8_0"], baseline="q8_0:q8_0")
     assert ordered_pairs(given)[0] == ("q8_0", "q8_0")
+    assert ordered_pairs(spec(pairs=["q4_0:q4_0", "f16:f16"]))[0] == ("f16", "f16")
     assert ordered_pairs(given, "greedy")[0] == ("f16", "f16")
 
 
@@ -84,16 +85,16 @@ def test_a_decode_cell_finds_its_batched_cell(plan_of: Any) -> None:
     for cell in cells:
         if cell.metric == "decode":
             assert (cell.ubatch, cell.chunks) == (1, 2)
-            assert batched_cell(cell, "ppl").key() == batched[cell.k]
+            assert cell.batched("ppl").key() == batched[cell.k]
 
 
 def test_all_pairs_share_one_base(plan_of: Any) -> None:
     cells = plan_of(metrics="kld").cells()
-    assert len({base_cell(c).key() for c in cells}) == 1
+    assert len({exact_cell(c).key() for c in cells}) == 1
     assert (
         len(
-            {base_cell(c).key() for c in plan_of(metrics="kld", chunks=3).cells()}
-            | {base_cell(cells[0]).key()}
+            {exact_cell(c).key() for c in plan_of(metrics="kld", chunks=3).cells()}
+            | {exact_cell(cells[0]).key()}
         )
         == 2
     )
@@ -106,7 +107,7 @@ def test_all_pairs_share_one_base(plan_of: Any) -> None:
         ({"pairs": []}, "no K/V pairs"),
         ({"k": ["f16"]}, "belong together"),
         ({"metrics": ["ppx"]}, "metrics"),
-        ({"ctx": 8}, "at least 16"),
+        ({"ctx": 8}, "below 16"),
         ({"decode": {"chunk": 1}}, "perhaps you meant 'chunks'"),
         ({"needle": {"depths": [2.0]}}, "from 0 to 1"),
     ],
@@ -125,4 +126,7 @@ def test_options_lie_over_the_config(tmp_path: Path) -> None:
     data = merged(path, overrides(models=["b"], pairs="q4_0:q4_0", chunks=None, metrics="kld,decode"))
     found = sweep_spec(data, "t")
     assert (found.models, found.chunks, found.metrics) == (("b",), 9, ("kld", "decode"))
-    assert found.baseline == ("q4_0", "q4_0"), "the file's baseline is not among the new pairs"
+    assert found.against == ("q8_0", "q8_0"), "the file names it, whichever pairs are measured"
+    data = merged(path, overrides(against="q4_0:q4_0"))
+    assert sweep_spec(data, "t").against == ("q4_0", "q4_0")
+    assert sweep_spec(merged(path, overrides(reference=False)), "t").against is None

@@ -271,7 +271,8 @@ def test_full_disk(cli: Cli, build: Build) -> None:
         (("--pairs", "f16:f16", "--corpus", "/nowhere/x.txt"), 2, ("/nowhere/x.txt",)),
         (("--pairs", "f16:f16", "--backend", "vulkan"), 2, ("backend",)),
         (("--pairs", "f16:f16", "--ctx", "many"), 2, ("'many'",)),
-        (("--pairs", "f16:f16", "--baseline", "q8_0:q8_0"), 2, ("q8_0:q8_0", "not among")),
+        (("--pairs", "f16:f16", "--against", "q8_0:q9_0"), 2, ("'q9_0'", "q8_0")),
+        (("--pairs", "f16:f16", "--against", "q8_0:q8_0", "--no-reference"), 2, ("reference",)),
         ((), 2, ("nothing to sweep",)),
     ],
 )
@@ -316,7 +317,7 @@ def test_corpus_too_short_only_in_tokens(cli: Cli, tmp_path: Path) -> None:
 
 def test_environment_does_not_reach_behind_the_request(cli: Cli) -> None:
     """LLAMA_ARG_* is taken out and noted; GGML_* and LLAMA_* make another cell."""
-    args = ("--pairs", "q4_0:q4_0", *QUICK)
+    args = ("--pairs", "q4_0:q4_0", "--no-reference", *QUICK)
     assert (
         cli.sweep(*args, env={"LLAMA_ARG_CACHE_TYPE_V": "q8_0", "LLAMA_ARG_CTX_SIZE": "32"}).returncode == 0
     )
@@ -334,7 +335,7 @@ def test_unreadable_record_is_named_and_run_again(cli: Cli) -> None:
     path = next(cli.results.rglob("*.json"))
     path.write_text(path.read_text()[:100])
     table = cli.run("table", cli.results)
-    assert table.returncode == 3 and one_sentence(table.stderr) and path.name in table.stderr
+    assert table.returncode == 3 and "Traceback" not in table.stderr and path.name in table.stderr
     assert cli.sweep(*args).returncode == 0
     assert cli.run("table", cli.results).returncode == 0
     data = json.loads(path.read_text())

@@ -181,7 +181,16 @@ def test_sweep_on_the_device_records_its_family(
     bin_dir = faulty(tmp_path / "bin", build.bin_dir, 'set -- "$@" -dev MTL0')
     shutil.copy(emulator, bin_dir / emulator.name)
     cli = Cli(tmp_path / "results", bin_dir)
-    args = ("--model", smollm.path, "--corpus", prose.path, "--pairs", "turbo4:turbo4", *QUICK)
+    args = (
+        "--model",
+        smollm.path,
+        "--corpus",
+        prose.path,
+        "--pairs",
+        "turbo4:turbo4",
+        "--no-reference",
+        *QUICK,
+    )
     done = cli.sweep(
         *args, "--metrics", "ppl", "--backend", "metal", env={"GGML_BACKEND_PATH": str(emulator)}
     )

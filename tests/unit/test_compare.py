@@ -11,7 +11,7 @@ from tests.integration.test_bench import bench_record
 from tests.support.harness import Cli
 from tests.support.records import MACHINE, make_kld, make_record
 from turbo_eval.analysis.compare import Comparison, Side, compare, render
-from turbo_eval.analysis.compare.difference import _student_p
+from turbo_eval.analysis.statistics import student_p
 from turbo_eval.bench.run import BenchRecord
 from turbo_eval.errors import IncompleteError
 from turbo_eval.inputs.models import ModelFile
@@ -48,7 +48,7 @@ def compared(a: list[Record], b: list[Record]) -> Comparison:
     ("t", "df", "p"), [(12.706, 1, 0.05), (2.776, 4, 0.05), (4.604, 4, 0.01), (1.96, 10**6, 0.05)]
 )
 def test_student_table(t: float, df: int, p: float) -> None:
-    assert _student_p(t, df) == pytest.approx(p, rel=2e-3)
+    assert student_p(t, df) == pytest.approx(p, rel=2e-3)
 
 
 def test_noise_is_rarely_called_a_difference() -> None:
@@ -142,7 +142,7 @@ def test_nothing_in_common_is_no_verdict() -> None:
 
 def test_a_cell_on_one_side_is_named() -> None:
     result = compared([make_record(), make_record("q8_0:q8_0")], [make_record(tree="b" * 40)])
-    assert result.only_a == ("tiny q8_0:q8_0 ppl -c 512",)
+    assert result.only_a == ("tiny q8_0:q8_0 ppl -c 512, 4 chunks of prose",)
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert "Only turbo4:turbo4 differs" in other.stdout
     narrowed = cli.run("compare", tmp_path / "a", f"{tmp_path / 'c'}@k=f16", "--format", "markdown")
     assert narrowed.returncode == 0, narrowed.stderr
-    assert "Only A has: tiny turbo4:turbo4 ppl -c 512." in narrowed.stdout
+    assert "Only A has: tiny turbo4:turbo4 ppl -c 512, 12 chunks of prose." in narrowed.stdout
     for bad in ("@colour=red", "nowhere"):
         failed = cli.run("compare", tmp_path / "a", bad if bad[0] != "@" else f"{tmp_path / 'c'}{bad}")
         assert failed.returncode == 2

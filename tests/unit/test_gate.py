@@ -14,9 +14,10 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
+from turbo_eval.metrics.job import Job
 from turbo_eval.records.record import Decode, Record
 from turbo_eval.records.store import Store
-from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.spec import Check, GateSpec, load_gate, sweep_spec
 
 INFO = GgufInfo(
@@ -66,7 +67,7 @@ def test_within_the_bounds(tmp_path: Path) -> None:
 def test_a_regression_says_both_numbers(tmp_path: Path) -> None:
     result = gate(tmp_path, [F16, GOOD, BAD], {"pairs": ["q*"], "max_delta_pct": 5})
     assert result.exit_code == 1
-    assert result.regressions == ["tiny q4_0:q4_0: ΔPPL +20.000 %, at most 5 % is allowed."]
+    assert result.regressions == ["tiny q4_0:q4_0: ΔPPL +20.000 % against f16/f16, at most 5 % is allowed."]
 
 
 def test_the_bound_itself_is_allowed_and_nothing_is_rounded_away(tmp_path: Path) -> None:
@@ -103,11 +104,11 @@ def test_no_baseline_no_verdict(tmp_path: Path) -> None:
     bad_base = make_record(status="nan", detail="nan from chunk 1 on")
     result = gate(tmp_path, [bad_base, GOOD], {"pair": "q8_0:q8_0", "max_delta_pct": 50})
     assert result.exit_code == 3
-    assert any("no baseline" in s for s in result.incomplete)
+    assert any("its reference f16/f16 of the same text" in s for s in result.incomplete)
 
 
 def test_a_check_that_matches_nothing_is_no_pass(tmp_path: Path) -> None:
-    assert gate(tmp_path, [F16], {"pair": "turbo9:*", "max_ppl": 99}).exit_code == 3
+    assert gate(tmp_path, [F16], {"pair": "turbo4:*", "max_ppl": 99}).exit_code == 3
 
 
 @pytest.mark.parametrize(("ppl", "code"), [(200.0, 0), (50.0, 1)])
@@ -143,7 +144,7 @@ def test_kl_and_same_top(tmp_path: Path) -> None:
     result = gate(tmp_path, [base, lossy], {"pair": "*:*", "max_kld": 0.01, "min_same_top_pct": 95})
     assert result.exit_code == 1
     assert result.regressions == [
-        "tiny q4_0:q4_0: KL divergence 0.050000, at most 0.01 is allowed.",
+        "tiny q4_0:q4_0: KL divergence 0.050000 ± 0.002500 from f16/f16, at most 0.01 is allowed.",
         "tiny q4_0:q4_0: same top token 90.000 %, at least 95 % is allowed.",
     ]
 

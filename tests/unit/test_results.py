@@ -12,7 +12,7 @@ from tests.support.harness import Cli, one_sentence
 from tests.support.records import MACHINE, make_kld, make_record
 from tests.unit.test_gate import INFO
 from turbo_eval.analysis.recommend import Bound, recommend
-from turbo_eval.analysis.table import summarize
+from turbo_eval.analysis.summary import summarize
 from turbo_eval.metrics.generation import compare_greedy, compare_needle
 from turbo_eval.records.record import Needle, json_schema
 from turbo_eval.records.store import Store
@@ -92,13 +92,16 @@ def test_recommend_takes_the_smallest_within_the_bound() -> None:
     # 30 layers × 3 heads × 64 values × 8192 positions × (8.5 + 3.25) bits
     assert ranked[0].memory_mib == pytest.approx(30 * 3 * 64 * 8192 * 11.75 / 8 / 2**20)
     why = {f"{c.row.k}/{c.row.v}": c.reasons[0] for c in ranked if c.reasons}
-    assert "+4.00 % is over 3 %" in why["turbo4/turbo4"] and why["q4_0/q4_0"] == "it is crash"
+    assert "+4.00 ± 0.10 % is over 3 %" in why["turbo4/turbo4"] and why["q4_0/q4_0"] == "it is crash"
 
 
 def test_recommend_by_kld_and_memory() -> None:
     rows = summarize(RECORDS)
-    by_kld = recommend(rows, INFO, 8192, Bound(0.02, None, None))
+    by_kld = recommend(rows, INFO, 8192, Bound(0.023, None, None))
     assert f"{by_kld[0].row.k}/{by_kld[0].row.v}" == "turbo4/turbo4"
+    on_the_edge = recommend(rows, INFO, 8192, Bound(0.02, None, None))
+    assert f"{on_the_edge[0].row.k}/{on_the_edge[0].row.v}" == "q8_0/turbo3"
+    assert any(c.within is None and "too close" in c.doubt for c in on_the_edge)
     none = recommend(rows, INFO, 8192, Bound(0.0000001, None, None))
     assert all(c.reasons for c in none)
     small = recommend(rows, INFO, 8192, Bound(None, 3.0, 0.0001))
@@ -108,7 +111,7 @@ def test_recommend_by_kld_and_memory() -> None:
 def test_without_a_baseline_nothing_is_recommended() -> None:
     rows = summarize([make_record("turbo3:turbo3", 5.0)])
     (only,) = recommend(rows, INFO, 8192, Bound(None, 3.0, None))
-    assert "no baseline" in only.reasons[0]
+    assert "its reference f16/f16 is not on record" in only.reasons[0]
 
 
 def test_greedy_counts_up_to_the_first_difference() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbo_eval.analysis.table import Summary
+from turbo_eval.analysis.summary import Summary
 from turbo_eval.bench.run import BenchRecord, pair_label
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
@@ -20,19 +20,31 @@ if TYPE_CHECKING:
 _INK = "#123457"
 
 
-def loss(row: Summary) -> tuple[float, str] | None:
-    """The row's quality loss and its unit: mean KLD if measured, else |ΔPPL| in percent."""
-    record = row.get("kld")
-    if record is not None and record.kld is not None:
-        return max(record.kld.mean, 1e-6), "KL divergence from f16 [nats]"
-    if row.delta_pct is not None:
-        return max(abs(row.delta_pct), 1e-3), "|ΔPPL| [%]"
-    return None
+# Perplexity more than doubled: no size makes up for that.
+UNUSABLE_PCT = 100.0
+
+
+def usable(row: Summary) -> bool:
+    """Measured, and not destroyed."""
+    return row.status == "ok" and (row.delta_pct is None or row.delta_pct <= UNUSABLE_PCT)
+
+
+def losses(rows: Sequence[Summary]) -> tuple[list[tuple[Summary, float]], str]:
+    """Each measured row with its quality loss, and the loss's name: mean KLD if all that have a figure have
+    it, else ΔPPL in percent, which is negative where the perplexity fell. Only the reference has none."""
+    compared = [r for r in rows if r.status == "ok" and not r.is_reference]
+    with_kld = [(r, r.get("kld")) for r in compared]
+    klds = [(r, found.kld.mean) for r, found in with_kld if found is not None and found.kld is not None]
+    deltas = [(r, r.delta_pct) for r in compared if r.delta_pct is not None]
+    if len(klds) >= max(1, len(deltas)):
+        return klds, "KL divergence from f16/f16 [nats]"
+    against = compared[0].against if compared else ""
+    return deltas, f"ΔPPL against {against} [%]"
 
 
 def pareto(rows: Sequence[Summary]) -> list[Summary]:
-    """Rows that no other row beats in both bits per value and loss, from few bits to many."""
-    points = [(r.bpv, found[0], r) for r in rows if r.status == "ok" and (found := loss(r))]
+    """Usable rows that no other row beats in both bits per value and loss, from few bits to many."""
+    points = [(r.bpv, value, r) for r, value in losses(rows)[0] if usable(r)]
     front: list[Summary] = []
     best = float("inf")
     for _, value, row in sorted(points, key=lambda p: (p[0], p[1])):
@@ -59,21 +71,26 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def pareto_figure(rows: Sequence[Summary]) -> Figure | None:
-    """Loss (log) against mean bits per value; the Pareto front joined by a line. None: no points."""
-    points = [(r, found) for r in rows if r.status == "ok" and r.bpv < 16 and (found := loss(r))]
+    """Loss against mean bits per value; the Pareto front joined by a line. None: no points.
+
+    The loss's axis is logarithmic away from 0 and linear around it: a loss may be 0 or negative.
+    """
+    found, unit = losses(rows)
+    points = [(r, value) for r, value in found if r.bpv < 16]
     if not points:
         return None
     figure, axes = _figure(7, 4.2)
     front = [r for r in pareto(rows) if r.bpv < 16]
-    for row, (value, unit) in points:
+    for row, value in points:
         on_front = row in front
         axes.plot(row.bpv, value, "o" if on_front else "x", color="#2563eb" if on_front else "#9a6700")
         label = f"{row.k}/{row.v}"
         axes.annotate(label, (row.bpv, value), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
-        axes.set_ylabel(unit)
-    line = [(r.bpv, found[0]) for r in front if (found := loss(r))]
+    line = [(row.bpv, value) for row, value in points if row in front]
+    line.sort()
     axes.plot([x for x, _ in line], [y for _, y in line], "-", color="#2563eb", linewidth=1, alpha=0.7)
-    axes.set_yscale("log")
+    axes.set_ylabel(unit)
+    axes.set_yscale("symlog", linthresh=1e-4 if unit.startswith("KL") else 0.1)
     axes.set_xlabel("bits per value, mean of K and V")
     axes.margins(x=0.12, y=0.15)
     return figure
@@ -112,7 +129,7 @@ def level(number: float, value: str) -> float:
     """0 (no loss) to 5 (destroyed); nan stays nan. The steps are of "kld" in nats, ΔPPL in percent."""
     if number != number:
         return number
-    return float(sum(abs(number) > step for step in _STEPS[value]))
+    return float(sum(number > step for step in _STEPS[value]))
 
 
 def heat_value(row: Summary, value: str) -> float | None:

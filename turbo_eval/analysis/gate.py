@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from turbo_eval.analysis.table import Summary, summarize
+from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
 from turbo_eval.records.record import Record
+from turbo_eval.records.reference import Pair, References
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.spec import Check, GateSpec
@@ -15,15 +16,19 @@ from turbo_eval.sweep.spec import Check, GateSpec
 
 @dataclass
 class GateResult:
-    """Sentences by outcome, and the records they are about.
+    """Sentences by outcome, the records they are about and the rows that these make.
 
-    `incomplete` outweighs nothing: a regression that is seen is said.
+    `incomplete` outweighs nothing: a regression that is seen is said. `judged` says what the verdict is
+    about: which model, text, context, build, and what is compared with what.
     """
+
+    judged: list[str] = field(default_factory=list)
 
     passed: list[str] = field(default_factory=list)
     regressions: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    rows: list[Summary] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -33,43 +38,95 @@ class GateResult:
         return 3 if self.incomplete else 0
 
 
-def run_gate(spec: GateSpec, plan: Plan, store: Store) -> GateResult:
-    """Judge the records of the plan's cells, which must be of this machine and this build."""
+def run_gate(spec: GateSpec, plan: Plan, store: Store, behind: str = "") -> GateResult:
+    """Judge the records of the plan's cells, which must be of this machine and this build.
+
+    Args:
+        behind: why the build itself is stale, "" if it isn't.
+    """
     result = GateResult()
-    records = result.records
-    others = {r.cell.key_any_tree(): r for r in store.all()}
-    for job in plan.jobs:
-        record = store.load(job.cell)
-        if record is not None:
-            records.append(record)
-            continue
-        what = f"{job.cell.model} {job.cell.pair()} {job.cell.metric}"
-        old = others.get(job.cell.key_any_tree())
-        if old is not None:
-            result.incomplete.append(
-                f"{what}: stale, its record is of tree {old.cell.tree[:12]}, the build is of"
-                f" {job.cell.tree[:12]}; run the sweep again."
-            )
-        else:
-            result.incomplete.append(f"{what}: no record; run `turbo-eval sweep` with this config.")
-    for check in spec.check:
-        _run_check(check, spec, records, result)
-    _unexpected_failures(spec, records, result)
+    if behind:
+        result.incomplete.append(f"stale: {behind.rstrip('.')} and run the sweep again.")
+    _collect(plan, store, result)
+    sweep = spec.sweep
+    result.rows = _rows(result, store, sweep.against, sweep.reference)
+    result.judged = _judged(result.rows)
+    if result.records:  # with nothing on record every check would say so once more
+        for check in spec.check:
+            against = check.against or sweep.against
+            rows = result.rows if against == sweep.against else _rows(result, store, against, True)
+            _run_check(check, spec, rows, result)
+    _unexpected_failures(spec, result)
     result.incomplete = list(dict.fromkeys(result.incomplete))
     return result
 
 
-def _unexpected_failures(spec: GateSpec, records: Sequence[Record], result: GateResult) -> None:
+def _rows(result: GateResult, store: Store, against: Pair | None, wanted: bool) -> list[Summary]:
+    references = References.in_store(store, against, wanted=wanted)
+    return summarize(result.records, references=references)
+
+
+def _judged(rows: Sequence[Summary]) -> list[str]:
+    """What the verdict is about, a line for each setting."""
+    lines = []
+    for row in {(r.model, r.corpus, r.ctx, r.chunks, r.anchor): r for r in rows}.values():
+        lines.append(
+            f"{row.model} on {row.corpus}, {row.chunks} chunks of {row.ctx} tokens, {row.backend}, anchor"
+            f" {row.anchor}, build {row.tree[:12]}; {said_of_reference([row])}"
+        )
+    return lines
+
+
+def _collect(plan: Plan, store: Store, result: GateResult) -> None:
+    """The records of the plan's cells; what is missing is said in one sentence for each reason."""
+    others = {r.cell.key_any_tree(): r for r in store.all()}
+    missing: list[str] = []
+    stale: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        record = store.load(job.cell)
+        if record is not None:
+            result.records.append(record)
+            continue
+        what = f"{job.cell.model} {job.cell.pair()} {job.cell.metric}"
+        old = others.get(job.cell.key_any_tree())
+        damaged = store.unreadable(job.cell)
+        if damaged is not None:
+            result.incomplete.append(f"{what}: its record {damaged} cannot be used; run the sweep again.")
+        elif old is not None:
+            stale.setdefault(old.cell.tree, []).append(what)
+        else:
+            missing.append(what)
+    tree = plan.build.tree[:12]
+    for old_tree, cells in stale.items():
+        result.incomplete.append(
+            f"stale: {_listed(cells)} on record {'is' if len(cells) == 1 else 'are'} of tree {old_tree[:12]},"
+            f" the build is of {tree}; run the sweep again."
+        )
+    if missing:
+        which = "none of the cells has a" if len(missing) == len(plan.jobs) else f"{_listed(missing)}: no"
+        result.incomplete.append(
+            f"{which} record of this machine and build {tree}; run `turbo-eval sweep` with this config."
+        )
+
+
+_NAMED = 4
+
+
+def _listed(cells: Sequence[str]) -> str:
+    more = f" and {len(cells) - _NAMED} more cells" if len(cells) > _NAMED else ""
+    return ", ".join(cells[:_NAMED]) + more
+
+
+def _unexpected_failures(spec: GateSpec, result: GateResult) -> None:
     """A failed cell that no check speaks of leaves the gate incomplete, whatever the others say."""
     expected = [check for check in spec.check if check.status is not None]
-    for row in summarize(records, spec.sweep.baseline):
+    for row in result.rows:
         if row.status == "ok" or any(_matches(c, row) and c.status == row.status for c in expected):
             continue
         result.incomplete.append(f"{row.model} {row.k}:{row.v}: {row.status}, {row.detail}.")
 
 
-def _run_check(check: Check, spec: GateSpec, records: Sequence[Record], result: GateResult) -> None:
-    rows = summarize(records, check.baseline or spec.sweep.baseline)
+def _run_check(check: Check, spec: GateSpec, rows: Sequence[Summary], result: GateResult) -> None:
     matching = [row for row in rows if _matches(check, row)]
     if not matching:
         wanted = ", ".join(check.pairs)
@@ -109,8 +166,8 @@ def _judge(check: Check, spec: GateSpec, row: Summary, result: GateResult) -> No
         sentence = (
             f"{found.text}, {'at most' if found.upper else 'at least'} {limit:g}{found.unit} is allowed"
         )
-        over = found.value > limit if found.upper else found.value < limit
-        (broken if over else held).append(sentence)
+        within = found.value <= limit if found.upper else found.value >= limit
+        (held if within else broken).append(sentence)
     if check.must_fail:
         if broken:
             result.passed.append(f"{label}: {broken[0]}; it must break this and does.")
@@ -138,15 +195,19 @@ def _value(bound: str, row: Summary) -> _Figure | str:
         if bound == "max_ppl":
             return _Figure(f"perplexity {row.ppl:.4f}", row.ppl)
         if row.delta_pct is None:
-            return "there is no baseline to compare with"
-        return _Figure(f"ΔPPL {row.delta_pct:+.3f} %", row.delta_pct, " %")
+            if not row.against:
+                return "the sweep wants no reference, so there is no ΔPPL"
+            return f"its reference {row.against} of the same text and build is not on record"
+        doubt = f" ± {row.delta_err_pct:.3f}" if row.delta_err_pct is not None else ""
+        return _Figure(f"ΔPPL {row.delta_pct:+.3f}{doubt} % against {row.against}", row.delta_pct, " %")
     if bound in ("max_kld", "min_same_top_pct"):
         record = row.get("kld")
         if record is None or record.kld is None:
             return "no KL divergence is on record"
         kld = record.kld
         if bound == "max_kld":
-            return _Figure(f"KL divergence {kld.mean:.6f}", kld.mean)
+            doubt = f" ± {kld.mean_err:.6f}" if kld.mean_err is not None else ""
+            return _Figure(f"KL divergence {kld.mean:.6f}{doubt} from f16/f16", kld.mean)
         return _Figure(f"same top token {kld.same_top_pct:.3f} %", kld.same_top_pct, " %", upper=False)
     decode = next((r.decode for r in row.records if r.decode is not None), None)
     if decode is None:

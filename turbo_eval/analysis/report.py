@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from turbo_eval.analysis import figures, table
-from turbo_eval.analysis.table import Summary
-from turbo_eval.bench.run import UNVERIFIED, BenchRecord, pair_label, quality
+from turbo_eval.analysis.statistics import decided
+from turbo_eval.analysis.summary import (
+    Summary,
+    by_setting,
+    environment,
+    said_of_reference,
+    summarize,
+    threads,
+)
+from turbo_eval.bench.run import BenchRecord, pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.record import Record
 from turbo_eval.util.files import writing
 
 HEATS = (
     ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),
-    ("delta_pct", "ΔPPL to the baseline [%]", "{:+.2f}"),
+    ("delta_pct", "ΔPPL [%]", "{:+.2f}"),
 )
 
 
@@ -27,7 +36,7 @@ def write_report(records: Sequence[Record], benches: Sequence[BenchRecord], out:
     Raises:
         EnvironmentProblem: the disk is full or not writable.
     """
-    groups = [rows for _, rows in table.by_setting(table.summarize(records))]
+    groups = [rows for _, rows in by_setting(summarize(records))]
     groups.sort(key=lambda rows: (rows[0].model, rows[0].ctx, rows[0].anchor))
     page = out / "index.html"
     with writing(out):
@@ -50,14 +59,23 @@ def _all_figures(
             if figure is not None:
                 yield f"{number}-{rows[0].model.split('/')[-1]}-{name}", figure
     for model, own in _by_model(benches):
-        yield f"speed-{model.split('/')[-1]}", figures.speed_figure(own)
+        yield f"speed-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}", figures.speed_figure(own)
 
 
 def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecord]]]:
-    found: dict[tuple[str, str, str], list[BenchRecord]] = {}
+    """(heading, records) of what may be compared; where a model is there several times, with what differs."""
+    found: dict[tuple[str, ...], list[BenchRecord]] = {}
     for record in benches:
-        found.setdefault((record.model, record.tree, record.backend), []).append(record)
-    return [(model, sorted(own, key=_bench_rank)) for (model, _, _), own in found.items()]
+        env = " ".join(f"{name}={value}" for name, value in record.env.items())
+        parts = (record.backend, f"build {record.tree[:12]}", f"{record.threads} threads", env)
+        machine = record.provenance.machine.id
+        found.setdefault((record.model.split("/")[-1], *parts, machine), []).append(record)
+    headings = []
+    for key, own in found.items():
+        others = [other for other in found if other[0] == key[0]]
+        apart = [part for at, part in enumerate(key) if at and len({other[at] for other in others}) > 1]
+        headings.append((", ".join([key[0], *filter(None, apart)]), sorted(own, key=_bench_rank)))
+    return headings
 
 
 def _bench_rank(record: BenchRecord) -> tuple[int, float]:
@@ -67,26 +85,32 @@ def _bench_rank(record: BenchRecord) -> tuple[int, float]:
 
 def verdict(rows: Sequence[Summary]) -> list[str]:
     """What a setting's rows say, in sentences."""
-    said: list[str] = []
+    against = rows[0].against
+    measured = [r for r in rows if r.status == "ok" and r.delta is not None and not r.is_reference]
+    quantized = [r for r in measured if r.bpv < 16]
     failed = [r for r in rows if r.status != "ok"]
+    said: list[str] = []
     named: set[tuple[str, str]] = set()
     for limit in (1.0, 3.0):
-        within = [r for r in rows if r.status == "ok" and r.delta_pct is not None and r.delta_pct <= limit]
-        within = [r for r in within if r.bpv < 16]
+        within = [r for r in quantized if r.delta_pct is not None and r.delta_pct <= limit]
         best = min(within, key=lambda r: (r.bpv, r.delta_pct or 0), default=None)
         if best is None or (best.k, best.v) in named:
             continue
         named.add((best.k, best.v))
         said.append(
-            f"Within {limit:g} % of the baseline's perplexity, {best.k}/{best.v} is the smallest cache:"
+            f"Within {limit:g} % of the perplexity of {against}, {best.k}/{best.v} is the smallest cache:"
             f" {best.bpv:g} bits per value, {best.compression:.1f} times smaller than f16,"
-            f" ΔPPL {best.delta_pct:+.2f} %."
+            f" {_delta(best, limit)}."
         )
-    if not any(r.delta_pct is not None for r in rows):
-        said.append("There is no baseline on record: no verdict.")
+    if not any(r.delta is not None for r in rows):
+        said.append(f"The reference {against} is not on record: no verdict.")
+    elif not quantized:
+        said.append(f"No quantized pair was measured beside {against}: no verdict.")
     elif not said:
-        said.append("No quantized pair stays within 3 % of the baseline's perplexity.")
-    broken = [r for r in rows if r.status == "ok" and r.delta_pct is not None and r.delta_pct > 100]
+        said.append(
+            f"None of the {len(quantized)} quantized pairs stays within 3 % of the perplexity of {against}."
+        )
+    broken = [r for r in measured if not figures.usable(r)]
     if broken:
         names = ", ".join(f"{r.k}/{r.v}" for r in broken)
         said.append(f"Unusable here (perplexity more than doubled): {names}.")
@@ -95,12 +119,44 @@ def verdict(rows: Sequence[Summary]) -> list[str]:
     return said
 
 
+def _delta(row: Summary, limit: float) -> str:
+    """The row's ΔPPL with its error, and whether it is certain to be within the limit."""
+    assert row.delta is not None
+    found = row.delta
+    error = f" ± {found.err_pct:.2f}" if found.err_pct is not None else ""
+    sure = decided(limit - found.pct, found.err_pct, found.df)
+    return f"ΔPPL {found.pct:+.2f}{error} %" + ("" if sure else ", too close to the limit for this much text")
+
+
 def setting_title(row: Summary) -> str:
-    """One line that names a setting."""
+    """One line that names a setting; what else parts it from others is said by `titles`."""
     return (
         f"{row.model.split('/')[-1]}, {row.corpus.split('/')[-1]}, {row.chunks} × {row.ctx} tokens,"
-        f" {row.backend}, anchor {row.anchor}"
+        f" {row.backend}, anchor {row.anchor}" + (f", {environment(row)}" if environment(row) else "")
     )
+
+
+def titles(groups: Sequence[Sequence[Summary]]) -> list[str]:
+    """A heading for each setting; those that would read alike say what differs, e.g. the build."""
+    plain = [setting_title(rows[0]) for rows in groups]
+    found = []
+    for title, rows in zip(plain, groups, strict=True):
+        alike = [other[0] for other, name in zip(groups, plain, strict=True) if name == title]
+        differing = [read(rows[0]) for read in _APART if len({read(row) for row in alike}) > 1]
+        found.append(", ".join([title, *differing]))
+    return found
+
+
+_APART: tuple[Callable[[Summary], str], ...] = (
+    lambda row: f"build {row.tree[:12]}",
+    lambda row: row.machine,
+    lambda row: f"ubatch {row.records[0].cell.batched('ppl').ubatch}",
+    lambda row: f"flash attention {'on' if row.records[0].cell.flash_attn else 'off'}",
+    lambda row: f"model {row.records[0].cell.model_sha256[:8]}",
+    lambda row: f"text {row.records[0].cell.corpus_sha256[:8]}",
+    lambda row: f"anchor file {row.records[0].cell.anchor_sha256[:8]}",
+    lambda row: f"{threads(row)} threads",
+)
 
 
 def markdown(
@@ -108,16 +164,16 @@ def markdown(
 ) -> str:
     """The report for a pull request."""
     parts = ["# KV cache report", ""]
-    for rows in groups:
+    for title, rows in zip(titles(groups), groups, strict=True):
         parts += [
-            f"## {setting_title(rows[0])}",
+            f"## {title}",
             "",
             " ".join(verdict(rows)),
             "",
             table.render_markdown(rows),
         ]
     for model, own in _by_model(benches):
-        parts += [f"## Speed: {model.split('/')[-1]}", ""]
+        parts += [f"## Speed: {model}", ""]
         parts += ["| depth | K/V | prefill t/s | × f16 | decode t/s | × f16 | quality |"]
         parts += ["| ---: | --- | ---: | ---: | ---: | ---: | --- |"]
         parts += ["| " + " | ".join(_bench_cells(r, own, records)) + " |" for r in own]
@@ -130,11 +186,7 @@ def _bench_cells(record: BenchRecord, among: Sequence[BenchRecord], records: Seq
     if record.status != "ok":
         return [str(record.depth), label, "–", "–", "–", "–", record.status]
     found = quality(record, records)
-    words = (
-        UNVERIFIED
-        if found is None
-        else f"PPL {found.ppl:.4f}" + (f", KLD {found.kld.mean:z.5f}" if found.kld else "")
-    )
+    words = quality_words(found)
     names = (
         ("prefill_median", ".1f"),
         ("prefill_ratio", ".3f"),
@@ -150,7 +202,8 @@ def html_page(
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
     failures = [r for rows in groups for r in rows if r.status != "ok"]
-    links = [(f"s{n}", setting_title(rows[0])) for n, rows in enumerate(groups, start=1)]
+    names = titles(groups)
+    links = [(f"s{n}", name) for n, name in enumerate(names, start=1)]
     links = [
         ("summary", "Summary"),
         *links,
@@ -171,11 +224,11 @@ def html_page(
         ]
         body.append("</ul></section>")
     body.append("<section><h2 id='summary'>Summary</h2>")
-    for rows in groups:
-        body.append(f"<h3>{escape(setting_title(rows[0]))}</h3><p>{escape(' '.join(verdict(rows)))}</p>")
+    for name, rows in zip(names, groups, strict=True):
+        body.append(f"<h3>{escape(name)}</h3><p>{escape(' '.join(verdict(rows)))}</p>")
     body.append("</section>")
-    for number, rows in enumerate(groups, start=1):
-        body += _html_setting(number, rows)
+    for number, (name, rows) in enumerate(zip(names, groups, strict=True), start=1):
+        body += _html_setting(number, name, rows)
     if benches:
         body += _html_speed(benches, records)
     body += _html_provenance(records)
@@ -194,9 +247,10 @@ def _css() -> str:
     return resources.files("turbo_eval.analysis").joinpath("report.css").read_text(encoding="utf-8")
 
 
-def _html_setting(number: int, rows: Sequence[Summary]) -> list[str]:
+def _html_setting(number: int, name: str, rows: Sequence[Summary]) -> list[str]:
     caption, columns, lines = table.for_people(table.to_frame(rows))
-    out = [f"<section><h2 id='s{number}'>{escape(setting_title(rows[0]))}</h2>"]
+    out = [f"<section><h2 id='s{number}'>{escape(name)}</h2>"]
+    out.append(f"<p>{escape(said_of_reference(rows))}.</p>")
     out.append(_scroll(f"Results, {caption}", _html_table(columns, lines, [r.status != "ok" for r in rows])))
     for value, title, form in HEATS:
         heat = _html_heat(rows, value, form)
@@ -205,11 +259,12 @@ def _html_setting(number: int, rows: Sequence[Summary]) -> list[str]:
     figure = figures.pareto_figure(rows)
     if figure is not None:
         front = [r for r in figures.pareto(rows) if r.bpv < 16]
-        names = ", ".join(f"{r.k}/{r.v}" for r in front)
+        names = ", ".join(f"{r.k}/{r.v}" for r in front) or "none that is usable"
         out.append("<h3>Quality against bits per value</h3><figure>")
         out.append(figures.inline_svg(figure, "Loss against bits per value"))
         out.append(
-            f"<figcaption>On the Pareto front (nothing smaller is better): {escape(names)}.</figcaption>"
+            "<figcaption>On the Pareto front (no smaller cache is better, perplexity not doubled):"
+            f" {escape(names)}.</figcaption>"
             "</figure>"
         )
     out.append("</section>")
@@ -259,7 +314,7 @@ def _html_speed(benches: Sequence[BenchRecord], records: Sequence[Record]) -> li
     out = ["<section><h2 id='speed'>Speed</h2>"]
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     for model, own in _by_model(benches):
-        out.append(f"<h3>{escape(model.split('/')[-1])}, {escape(own[0].backend)}</h3>")
+        out.append(f"<h3>{escape(model)}, {escape(own[0].backend)}</h3>")
         lines = [_bench_cells(r, own, records) for r in own]
         out.append(_scroll("Speed", _html_table(columns, lines, [r.status != "ok" for r in own])))
         out.append(

@@ -1,163 +1,17 @@
-"""Records → one data frame → rich, markdown, CSV or JSON."""
+"""Rows → one data frame → rich, markdown, CSV or JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from turbo_eval.analysis.summary import Summary, environment, said_of_reference, threads
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.records.record import Record
-from turbo_eval.sweep.plan import comparison
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
-
-Pair = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All that is on record for one pair in one setting: a row of the table.
-
-    `delta_pct` is against the baseline of the same model, text, build, anchor and machine;
-    None without a baseline: no baseline, no verdict. `delta_err_pct` is its paired standard error,
-    known where the pair was run against the f16 base and f16 is the baseline. `compression` is f16
-    size / this size, `status` "ok" or the first failure among the pair's cells.
-    """
-
-    machine: str
-    model: str
-    corpus: str
-    ctx: int
-    chunks: int
-    backend: str
-    anchor: str
-    tree: str
-    k: str
-    v: str
-    records: tuple[Record, ...]
-    ppl: float | None
-    ppl_err: float | None
-    delta_pct: float | None
-    delta_err_pct: float | None
-    status: str
-    detail: str
-
-    @property
-    def bpv_k(self) -> float:
-        return next((r.bpv_k for r in self.records if r.effective.k_bits), cache_type(self.k).bpv)
-
-    @property
-    def bpv_v(self) -> float:
-        return cache_type(self.v).bpv
-
-    @property
-    def bpv(self) -> float:
-        """Mean bits per value of K and V."""
-        return (self.bpv_k + self.bpv_v) / 2
-
-    @property
-    def kv_mib(self) -> float | None:
-        """MiB of the cell's context; generation has contexts of its own and doesn't count."""
-        sized = (r for r in self.records if r.ok and r.cell.metric not in ("greedy", "needle"))
-        return next((r.effective.kv_mib for r in sized if r.effective.kv_mib), None)
-
-    @property
-    def compression(self) -> float:
-        return 16.0 / self.bpv
-
-    def get(self, metric: str) -> Record | None:
-        """The pair's good record of a metric."""
-        return next((r for r in self.records if r.ok and r.cell.metric == metric), None)
-
-
-def setting(record: Record) -> tuple[str, ...]:
-    """What two records must share to be compared: machine, model, text, build, anchor, context."""
-    return (record.machine, comparison(record.cell))
-
-
-def summarize(records: Sequence[Record], baseline: Pair | None = None) -> list[Summary]:
-    """Group records by setting and pair and compare each with its setting's baseline.
-
-    Args:
-        baseline: the pair to compare with; None: f16:f16 where there is one, else q8_0:q8_0.
-    """
-    settings: dict[tuple[str, ...], dict[Pair, list[Record]]] = {}
-    for record in records:
-        pair = (record.cell.k, record.cell.v)
-        settings.setdefault(setting(record), {}).setdefault(pair, []).append(record)
-    rows: list[Summary] = []
-    for pairs in settings.values():
-        wanted = [baseline] if baseline else [("f16", "f16"), ("q8_0", "q8_0")]
-        base = next((p for p in wanted if p in pairs), None)
-        reference = _ppl(pairs[base]) if base else None
-        for (k, v), group in sorted(pairs.items(), key=lambda item: _rank(item[0], base)):
-            rows.append(_summary(k, v, group, reference))
-    return rows
-
-
-def _rank(pair: Pair, base: Pair | None) -> tuple[bool, float, float]:
-    """The baseline first, then from many bits to few."""
-    k, v = cache_type(pair[0]).bpv, cache_type(pair[1]).bpv
-    return pair != base, -(k + v), -k
-
-
-def _ppl(group: Sequence[Record]) -> Record | None:
-    """The record that gives a pair's perplexity: a plain run, else a KL run."""
-    for metric in ("ppl", "kld"):
-        for record in group:
-            if record.ok and record.cell.metric == metric and record.ppl is not None:
-                return record
-    return None
-
-
-def _summary(k: str, v: str, group: list[Record], reference: Record | None) -> Summary:
-    best = _ppl(group)
-    ppl = best.ppl if best else None
-    delta = None
-    if ppl is not None and reference is not None and reference.ppl:
-        delta = 100 * (ppl / reference.ppl - 1)
-    failed = next((r for r in group if not r.ok), None)
-    first = best or group[0]
-    text = next((r for r in group if r.cell.metric in ("ppl", "kld")), first)
-    return Summary(
-        machine=first.machine,
-        model=first.cell.model,
-        corpus=first.cell.corpus,
-        ctx=first.cell.ctx,
-        chunks=text.cell.chunks,
-        backend=first.cell.backend,
-        anchor=first.cell.anchor,
-        tree=first.cell.tree,
-        k=k,
-        v=v,
-        records=tuple(group),
-        ppl=ppl,
-        ppl_err=best.ppl_err if best else None,
-        delta_pct=delta,
-        delta_err_pct=_paired_error(group, reference) if delta is not None else None,
-        status=failed.status if failed else "ok",
-        detail=failed.detail if failed else "",
-    )
-
-
-def by_setting(rows: Sequence[Summary]) -> list[tuple[tuple[str, ...], list[Summary]]]:
-    """Rows that may be compared with one another, together."""
-    groups: dict[tuple[str, ...], list[Summary]] = {}
-    for row in rows:
-        groups.setdefault(setting(row.records[0]), []).append(row)
-    return list(groups.items())
-
-
-def _paired_error(group: list[Record], reference: Record | None) -> float | None:
-    """Standard error of ΔPPL % over the same tokens; 0 errors of the baseline itself say nothing."""
-    if reference is None or (reference.cell.k, reference.cell.v) != ("f16", "f16"):
-        return None
-    kld = next((r.kld for r in group if r.ok and r.kld is not None), None)
-    return 100 * kld.ratio_err if kld is not None and kld.ratio_err is not None else None
 
 
 def to_frame(rows: Sequence[Summary]) -> pd.DataFrame:
@@ -198,6 +52,7 @@ def _columns(row: Summary) -> dict[str, Any]:
         "± PPL": row.ppl_err,
         "ΔPPL %": row.delta_pct,
         "± ΔPPL %": row.delta_err_pct,
+        "against": row.against if row.delta is not None else None,
         "KLD": kld.mean if kld else None,
         "± KLD": kld.mean_err if kld else None,
         "KLD 99 %": kld.p99 if kld else None,
@@ -209,6 +64,8 @@ def _columns(row: Summary) -> dict[str, Any]:
         "detail": row.detail or None,
         "machine": row.machine,
         "tree": row.tree[:12],
+        "env": environment(row) or None,
+        "threads": threads(row),
     }
 
 
@@ -236,7 +93,11 @@ def render_matrix(rows: Sequence[Summary], column: str) -> str:
     lines += [
         f"| {k} | " + " | ".join(line) + " |" for k, line in zip(matrix.index, matrix.values, strict=True)
     ]
-    caption = f"{rows[0].model}, ctx {rows[0].ctx}, chunks {rows[0].chunks}, anchor {rows[0].anchor}"
+    row = rows[0]
+    caption = f"{row.model}, {row.corpus}, ctx {row.ctx}, chunks {row.chunks}, anchor {row.anchor}"
+    caption += f", {environment(row)}" if environment(row) else ""
+    if column == "ΔPPL %":
+        caption += f"; {said_of_reference(rows)}"
     return "\n".join([caption, "", *lines]) + "\n"
 
 
@@ -266,7 +127,7 @@ def format_value(column: str, value: Any) -> str:
     return pattern.format(value) if pattern and isinstance(value, (int, float)) else str(value)
 
 
-_COMMON = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "machine", "tree")
+_COMMON = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "machine", "tree", "env", "threads")
 
 
 def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, list[str], list[list[str]]]:
@@ -274,7 +135,8 @@ def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, l
     columns that belong together are joined."""
     same = [c for c in _COMMON if c in frame.columns and frame[c].nunique(dropna=False) == 1]
     caption = ", ".join(f"{c} {frame[c].iloc[0]}" for c in same)
-    columns = [c for c in frame.columns if c not in (*same, *_JOINED, *without) and c != "detail"]
+    hidden = {*same, *_JOINED, *without, "detail", "against"}
+    columns = [c for c in frame.columns if c not in hidden]
     rows = []
     for _, line in frame.iterrows():
         texts = {c: format_value(c, line[c]) for c in frame.columns}
@@ -318,10 +180,11 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
 
     frame = to_frame(rows)
     caption, columns, lines = for_people(frame)
+    caption += f"; {said_of_reference(rows)}"
     for end in range(1, len(_DISPENSABLE) + 1):
         if not width or _natural_width(columns, lines) <= width:
             break
-        caption, columns, lines = for_people(frame, _DISPENSABLE[:end])
+        _, columns, lines = for_people(frame, _DISPENSABLE[:end])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         left = column in ("K", "V", "status", *_COMMON)
@@ -335,6 +198,7 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
 def render_markdown(rows: Sequence[Summary]) -> str:
     """The table as GitHub renders it."""
     caption, columns, lines = for_people(to_frame(rows))
+    caption += f"; {said_of_reference(rows)}"
     left = ("K", "V", "status", *_COMMON)
     text = [caption, "", "| " + " | ".join(columns) + " |"]
     text.append("|" + "|".join(" --- " if c in left else " ---: " for c in columns) + "|")
@@ -360,6 +224,12 @@ def json_rows(rows: Sequence[Summary]) -> list[dict[str, Any]]:
         for record in row.records:
             flat = record.row()
             batched = record.cell.metric in ("ppl", "kld")
-            flat["delta_pct"] = row.delta_pct if batched and record.ok else None
+            compared = row.delta is not None and batched and record.ok
+            flat["delta_pct"] = row.delta_pct if compared else None
+            flat["delta_err_pct"] = row.delta_err_pct if compared else None
+            flat["against"] = row.against if compared else None
+            flat["reference_key"] = row.reference.key if compared and row.reference else None
+            flat["threads"] = record.run.threads
+            flat["env"] = record.cell.env
             out.append(flat)
     return out

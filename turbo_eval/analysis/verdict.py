@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from turbo_eval.analysis.gate import GateResult
-from turbo_eval.analysis.table import by_setting, render_markdown, summarize
+from turbo_eval.analysis.summary import by_setting
+from turbo_eval.analysis.table import render_markdown
 from turbo_eval.sweep.spec import GateSpec
 
 
@@ -21,7 +22,7 @@ def render_verdict(spec: GateSpec, outcome: GateResult) -> str:
     lines += [f"- **FAIL** {_escaped(sentence)}" for sentence in outcome.regressions]
     lines += [f"- **incomplete** {_escaped(sentence)}" for sentence in outcome.incomplete]
     lines += [""] if outcome.regressions or outcome.incomplete else []
-    for _, group in by_setting(summarize(outcome.records, spec.sweep.baseline)):
+    for _, group in by_setting(outcome.rows):
         lines += [render_markdown(group)]
     if outcome.passed:
         lines += [f"<details><summary>{_count(outcome.passed, 'check')} passed</summary>", ""]

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from turbo_eval.errors import IncompleteError
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
@@ -20,11 +19,12 @@ from turbo_eval.llama.build import Build
 from turbo_eval.metrics import judge
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Effective, Record, Status
+from turbo_eval.records.reference import EXACT, serves
+from turbo_eval.records.store import warn_once
 from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, relevant_environment, run
 
 BENCH_SCHEMA = 1
-REFERENCE = ("f16", "f16")
 
 # What is measured: K, V, and the K anchor (None: the build has none).
 Candidate = tuple[str, str, str | None]
@@ -114,8 +114,8 @@ class BenchPlan:
 
     def candidates(self) -> list[Candidate]:
         """f16/f16 first, each once."""
-        reference: Candidate = (*REFERENCE, None if None in self.anchors else "auto")
-        others = [(*pair, anchor) for pair in self.pairs if pair != REFERENCE for anchor in self.anchors]
+        reference: Candidate = (*EXACT, None if None in self.anchors else "off")
+        others = [(*pair, anchor) for pair in self.pairs if pair != EXACT for anchor in self.anchors]
         return list(dict.fromkeys([reference, *others]))
 
 
@@ -172,7 +172,7 @@ def run_bench(
 
 def _words(plan: BenchPlan, candidate: Candidate) -> str:
     k, v, anchor = candidate
-    return f"{k}/{v} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != REFERENCE else f"{k}/{v}"
+    return f"{k}/{v} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != EXACT else f"{k}/{v}"
 
 
 def _speeds(sample: _Sample) -> str:
@@ -308,34 +308,38 @@ def _write(folder: Path, record: BenchRecord) -> None:
 
 
 def read_bench(root: Path) -> list[BenchRecord]:
-    """Every benchmark record under a results folder.
-
-    Raises:
-        IncompleteError: one cannot be read.
-    """
+    """Every benchmark record under a results folder; one that cannot be read is left out with a warning."""
     records = []
     for path in sorted(root.glob("*/bench/*.json")):
         try:
             records.append(BenchRecord.model_validate_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise IncompleteError(
-                f"benchmark record {path} cannot be read: {reason}", "delete it and run bench again"
-            ) from None
+            warn_once(f"benchmark record {path} cannot be read: {reason}; it is left out")
     return records
 
 
 def quality(record: BenchRecord, known: Sequence[Record]) -> Record | None:
-    """The quality record of the same model, pair, build, backend and anchor: KLD if there is one."""
+    """The quality record of the same model, pair, anchor, build, machine and environment, best with a KLD."""
     matching = [
         r
         for r in known
         if r.ok
         and r.cell.metric in ("kld", "ppl")
         and (r.cell.model_sha256, r.cell.k, r.cell.v) == (record.model_sha256, record.k, record.v)
-        and (r.cell.tree, r.cell.backend, r.cell.anchor) == (record.tree, record.backend, record.anchor)
+        and (r.cell.tree, r.cell.backend, r.cell.env) == (record.tree, record.backend, record.env)
+        and r.machine == record.provenance.machine.id
+        and (r.cell.anchor == record.anchor or (record.anchor in ("auto", "off") and serves(r)))
     ]
     return max(matching, key=lambda r: (r.cell.metric == "kld", r.cell.ctx * r.cell.chunks), default=None)
+
+
+def quality_words(found: Record | None) -> str:
+    """The figure of a quality record and the text it is of."""
+    if found is None or found.ppl is None:
+        return UNVERIFIED
+    kld = f", KLD {found.kld.mean:z.5f} from f16/f16" if found.kld else ""
+    return f"PPL {found.ppl:.4f}{kld} ({found.cell.corpus}, {found.cell.chunks} × {found.cell.ctx})"
 
 
 UNVERIFIED = "fast, but unverified"

@@ -13,11 +13,12 @@ from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.provenance import collect, machine
-from turbo_eval.records.record import Record, Status
+from turbo_eval.metrics.job import Job
+from turbo_eval.records.record import Metric, Record, Status
 from turbo_eval.records.store import Store
-from turbo_eval.sweep.plan import Job, make_plan
+from turbo_eval.sweep.plan import make_plan
 from turbo_eval.sweep.run import run_sweep
-from turbo_eval.sweep.spec import Metric, SweepSpec
+from turbo_eval.sweep.spec import SweepSpec
 from turbo_eval.util.files import lock
 from turbo_eval.util.paths import results_dir
 

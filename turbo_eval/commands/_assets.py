@@ -60,26 +60,37 @@ def group(
     resolve: Resolve,
     *,
     help_text: str,
+    example: str,
     default: Callable[[], str] = lambda: "",
     describe: Callable[[Asset], str] = lambda _: "",
 ) -> typer.Typer:
     """Build the command group."""
     commands = typer.Typer(no_args_is_help=True, help=help_text)
 
-    @commands.command("list", help=f"The {what} known by name, and which are here.")
+    def page(text: str, command: str) -> str:
+        line = f"turbo-eval {what} {command}" + ("" if command == "list" else f" {example}")
+        return f"{text}\n\n  {line}"
+
+    @commands.command("list", help=page(f"The {what} known by name, and which are here.", "list"))
     def list_() -> None:
         from rich.console import Console
 
         Console(soft_wrap=True, highlight=False).print(listing(entries(), resolve, default()))
 
-    @commands.command("get", help="Download what isn't here, verify its sha256, print what it is.")
+    @commands.command(
+        "get",
+        help=page("Download what isn't here, verify its sha256, print what it is.", "get"),
+    )
     def get(names: list[str] = typer.Argument(help="Names from `list`, or paths.")) -> None:
         for name in names:
             found = resolve(name)
             extra = describe(found)
             print(f"{found.name}: {found.path}, {found.size} bytes, sha256 {found.sha256}{extra}")
 
-    @commands.command("path", help="Print where it lies, and nothing else; never downloads.")
+    @commands.command(
+        "path",
+        help=page("Print where it lies, and nothing else; never downloads.", "path"),
+    )
     def path(name: str = typer.Argument(help="Name from `list`, or a path.")) -> None:
         print(resolve(name, download=False).path)
 

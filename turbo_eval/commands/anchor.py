@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from turbo_eval.util import numbers as n
+
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the plot there (PNG, SVG, PDF).", show_default=False)
 ]
@@ -22,14 +24,31 @@ def register(app: typer.Typer) -> None:
           turbo-eval anchor effect results/my-machine --out effect.png
         """,
     )
-    group.command(help="The K projection bias by layer and RoPE pair, and what an anchor takes of it.")(bias)
-    group.command(help="Perplexity and KL divergence by pair from the records, anchor off and on.")(effect)
+    group.command(
+        help="""The K projection bias by layer and RoPE pair, and what an anchor takes of it.
+
+          turbo-eval anchor bias qwen2.5-coder-1.5b --ctx 8192 --out bias.png
+        """
+    )(bias)
+    group.command(
+        help="""Perplexity and KL divergence by pair from the records, anchor off and on.
+
+          turbo-eval anchor effect results/my-machine --out effect.png
+        """
+    )(effect)
     app.add_typer(group, name="anchor")
 
 
 def bias(
     model: Annotated[list[str], typer.Argument(help="Models by name or path.")],
-    ctx: Annotated[int, typer.Option(help="Context in tokens, for the line in the plot.")] = 512,
+    ctx: Annotated[
+        int,
+        typer.Option(
+            parser=n.option("--ctx", n.TOKENS),
+            metavar="N",
+            help="Context in tokens, for the line in the plot.",
+        ),
+    ] = 512,
     out: Out = None,
 ) -> None:
     from turbo_eval.anchor import kbias

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turbo_eval.commands import options as o
+from turbo_eval.util import numbers as n
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,21 @@ def register(app: typer.Typer) -> None:
     )(bench)
 
 
+Prompt = Annotated[
+    int,
+    typer.Option(
+        parser=n.option("--prompt", n.DEPTH), metavar="N", help="Tokens of the prefill test; 0: none."
+    ),
+]
+Gen = Annotated[
+    int,
+    typer.Option(parser=n.option("--gen", n.DEPTH), metavar="N", help="Tokens of the decode test; 0: none."),
+]
+Reps = Annotated[
+    int, typer.Option(parser=n.option("--reps", n.COUNT), metavar="N", help="Interleaved rounds.")
+]
+
+
 def bench(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model by name or path.")] = None,
     synthetic: Annotated[
@@ -43,9 +59,9 @@ def bench(
         str, typer.Option("--pairs", "-p", help="K:V,K:V,…")
     ] = "q8_0:q8_0,turbo4:turbo4,turbo3:turbo3",
     depths: Annotated[str, typer.Option(help="Tokens in the cache before the test.")] = "0,4096",
-    prompt: Annotated[int, typer.Option(help="Tokens of the prefill test; 0: none.")] = 256,
-    gen: Annotated[int, typer.Option(help="Tokens of the decode test; 0: none.")] = 32,
-    reps: Annotated[int, typer.Option(help="Interleaved rounds.")] = 3,
+    prompt: Prompt = 256,
+    gen: Gen = 32,
+    reps: Reps = 3,
     backend: o.Backend = None,
     threads: o.Threads = None,
     anchor: o.Anchor = None,
@@ -55,6 +71,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: .svg or .png.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
+    from turbo_eval.analysis.staleness import moved_on
     from turbo_eval.bench.run import BenchPlan, run_bench
     from turbo_eval.errors import UsageError
     from turbo_eval.formats.cache_types import parse_pair
@@ -63,25 +80,25 @@ def bench(
     from turbo_eval.llama.provenance import collect
     from turbo_eval.llama.tool import capabilities, check_types
     from turbo_eval.records.store import Store
-    from turbo_eval.sweep.plan import check_anchors, check_blocks
+    from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks
     from turbo_eval.util.paths import results_dir
 
     if (model is None) == (synthetic is None):
         raise UsageError("name a model or a synthetic shape", "give --model or --synthetic, not both")
-    if prompt < 0 or gen < 0 or prompt + gen == 0 or reps < 1:
-        raise UsageError(
-            "there is nothing to measure", "give --prompt or --gen above 0 and --reps of 1 or more"
-        )
+    if prompt + gen == 0:
+        raise UsageError("there is nothing to measure", "give --prompt or --gen above 0")
     wanted = tuple(parse_pair(p) for p in pairs.split(",") if p.strip())
     build = o.load_build(backend or "cpu", bin_dir)
     check_types(build, wanted)
     file = resolve_model(str(synthetic_model(parse_shape(synthetic))) if synthetic else model or "")
     for pair in wanted:
         check_blocks(file, pair)
+    places = tuple(int(depth) for depth in n.several("--depths", depths, n.DEPTH))
+    o.warn(beyond_training(file, max(places) + prompt + gen), moved_on(build))
     anchors = check_anchors(tuple(o.split(anchor) or ()) or None, build)
     plan = BenchPlan(
         pairs=wanted,
-        depths=_depths(depths),
+        depths=places,
         prompt=prompt,
         gen=gen,
         reps=reps,
@@ -100,7 +117,12 @@ def bench(
         store.dir / "bench",
         lambda line: print(line, file=sys.stderr, flush=True),
     )
-    known = store.all()
+    if not _show(records, store.all(), as_json, plot):
+        raise typer.Exit(3)
+
+
+def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool, plot: Path | None) -> bool:
+    """Print and draw the speeds and name what failed; whether nothing did."""
     if as_json:
         print(json.dumps(_rows(records, known), indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -117,20 +139,7 @@ def bench(
             f"turbo-eval: {record.k}/{record.v} at depth {record.depth} is {record.status}: {record.detail}",
             file=sys.stderr,
         )
-    if failed:
-        raise typer.Exit(3)
-
-
-def _depths(text: str) -> tuple[int, ...]:
-    from turbo_eval.errors import UsageError
-
-    try:
-        found = tuple(int(d) for d in text.split(",") if d.strip())
-    except ValueError:
-        found = ()
-    if not found or min(found) < 0:
-        raise UsageError(f"--depths {text!r} is no list of depths", "write it like 0,4096,16384")
-    return found
+    return not failed
 
 
 def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[str, object]]:
@@ -152,7 +161,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
     from rich import box
     from rich.table import Table
 
-    from turbo_eval.bench.run import UNVERIFIED, pair_label, quality
+    from turbo_eval.bench.run import UNVERIFIED, pair_label, quality, quality_words
 
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     table = Table(*columns, box=box.SIMPLE_HEAD)
@@ -162,12 +171,7 @@ def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Tabl
         if record.status != "ok":
             table.add_row(str(record.depth), pair_label(record, records), record.status, style="red")
             continue
-        if found is None:
-            words = f"[yellow]{UNVERIFIED}[/yellow]"
-        elif found.kld:
-            words = f"PPL {found.ppl:.4f}, KLD {found.kld.mean:z.5f}"
-        else:
-            words = f"PPL {found.ppl:.4f}"
+        words = quality_words(found) if found else f"[yellow]{UNVERIFIED}[/yellow]"
         cells = [_number(row[n], p) for n, p in (("prefill_median", 1), ("prefill_ratio", 3))]
         cells += [_number(row[n], p) for n, p in (("decode_median", 2), ("decode_ratio", 3))]
         table.add_row(str(record.depth), pair_label(record, records), *cells, words)

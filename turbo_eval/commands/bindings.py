@@ -13,6 +13,8 @@ def register(app: typer.Typer) -> None:
         """Install llama-cpp-python for the metrics that generate text: greedy and needle.
 
         Without a llama.cpp of its own, so nothing is compiled: it loads the libraries of our builds.
+
+        turbo-eval bindings
         """
         from turbo_eval.llama import bindings, source
 

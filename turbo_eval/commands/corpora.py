@@ -39,6 +39,7 @@ def register(app: typer.Typer) -> None:
             _registry,
             _resolve,
             default=_default,
+            example="news-prose",
             help_text="""Texts by name (configs/corpora.toml) or path.
 
               turbo-eval corpora list

@@ -22,6 +22,8 @@ def register(app: typer.Typer) -> None:
         """What is here, what is missing, and the command that fixes it.
 
         Exit code 4 when something is missing that a sweep on the CPU needs.
+
+        turbo-eval doctor --json
         """
         from turbo_eval.errors import EnvironmentProblem
         from turbo_eval.setup import doctor

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
         help="""Judge the records of this machine and build against a config's checks.
 
         Exit code 0: all pass; 1: a regression, each failing check says its sentence; 2: bad usage
-        or config; 3: cells missing, failed or stale, or no baseline. Nothing is run.
+        or config; 3: cells missing, failed or stale, sources that moved on since the build, or no
+        reference. Nothing is run. ΔPPL is against f16/f16 of the same text and build, unless the config names
+        another pair (`against = "q8_0:q8_0"`, in [sweep] or in a check).
 
           turbo-eval sweep configs/gates.toml && turbo-eval gate configs/gates.toml
 
@@ -36,6 +38,7 @@ def gate(
     ] = None,
 ) -> None:
     from turbo_eval.analysis.gate import run_gate
+    from turbo_eval.analysis.staleness import moved_on
     from turbo_eval.llama.provenance import machine
     from turbo_eval.records.store import Store
     from turbo_eval.sweep.plan import make_plan
@@ -46,12 +49,15 @@ def gate(
     spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
     plan = make_plan(spec.sweep, build, download=False)
-    outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id))
+    o.warn(*plan.notes)
+    outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id), moved_on(build))
     if markdown is not None:
         from turbo_eval.analysis.verdict import render_verdict
 
         with atomic_write(markdown) as stream:
             stream.write(render_verdict(spec, outcome).encode())
+    for sentence in outcome.judged:
+        print(f"judged      {sentence}")
     for sentence in outcome.passed:
         print(f"pass        {sentence}")
     for sentence in outcome.incomplete:

@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
             _registry,
             _resolve,
             describe=_describe,
+            example="smollm2-135m",
             help_text="""Models by name (configs/models.toml) or path.
 
               turbo-eval models list

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from turbo_eval.util import numbers as n
 
 Config = Annotated[
     Path | None, typer.Argument(help="A sweep or gate config, e.g. configs/demo.toml.", show_default=False)
@@ -25,17 +28,41 @@ KTypes = Annotated[
     str | None, typer.Option("--k", help="K types, with --v: every combination.", show_default=False)
 ]
 VTypes = Annotated[str | None, typer.Option("--v", help="V types, see --k.", show_default=False)]
-Baseline = Annotated[
-    str | None, typer.Option(help="K:V pair that ΔPPL is taken against.", show_default=False)
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        "--baseline",
+        metavar="K:V",
+        help="Take ΔPPL against this pair (default: f16:f16, anchor off).",
+        show_default=False,
+    ),
+]
+NoReference = Annotated[
+    bool, typer.Option("--no-reference", help="Measure no reference beside the pairs and show no ΔPPL.")
 ]
 Metrics = Annotated[
     str | None,
     typer.Option(help="ppl, kld, decode, greedy, needle; comma-separated.", show_default=False),
 ]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens; comma-separated.", show_default=False)]
-Chunks = Annotated[int | None, typer.Option(help="Chunks of that many tokens to score.", show_default=False)]
+Chunks = Annotated[
+    int | None,
+    typer.Option(
+        parser=n.option("--chunks", n.COUNT),
+        metavar="N",
+        help="Chunks of that many tokens to score.",
+        show_default=False,
+    ),
+]
 UBatch = Annotated[
-    int | None, typer.Option(help="Physical batch in tokens (default 512).", show_default=False)
+    int | None,
+    typer.Option(
+        parser=n.option("--ubatch", n.TOKENS),
+        metavar="N",
+        help="Physical batch in tokens (default 512).",
+        show_default=False,
+    ),
 ]
 Anchor = Annotated[
     str | None,
@@ -43,11 +70,40 @@ Anchor = Annotated[
 ]
 Backend = Annotated[str | None, typer.Option(help="cpu, metal or cuda.", show_default=False)]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", help="CPU threads (default: all cores).", show_default=False)
+    int | None,
+    typer.Option(
+        "--threads",
+        "-t",
+        parser=n.option("--threads", n.THREADS),
+        metavar="N",
+        help="CPU threads (default: all cores).",
+        show_default=False,
+    ),
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(help="Seconds a cell may take (default: until silent for an hour).", show_default=False),
+    typer.Option(
+        parser=n.option("--timeout", n.SECONDS),
+        metavar="SECONDS",
+        help="Seconds a cell may take (default: until silent for an hour).",
+        show_default=False,
+    ),
+]
+Retries = Annotated[
+    int,
+    typer.Option(
+        parser=n.option("--retries", n.COUNT_OR_NONE),
+        metavar="N",
+        help="How often a cell is tried again that a worker lost.",
+    ),
+]
+Patience = Annotated[
+    float,
+    typer.Option(
+        parser=n.option("--patience", n.SECONDS),
+        metavar="SECONDS",
+        help="How long to wait for a worker that fits, or for the scheduler.",
+    ),
 ]
 BinDir = Annotated[
     Path | None,
@@ -64,7 +120,12 @@ Scheduler = Annotated[
 Jobs = Annotated[
     int | None,
     typer.Option(
-        "--jobs", "-j", help="Cells at a time on this machine, one a device: as local:N.", show_default=False
+        "--jobs",
+        "-j",
+        parser=n.option("--jobs", n.COUNT),
+        metavar="N",
+        help="Cells at a time on this machine, one a device: as local:N.",
+        show_default=False,
     ),
 ]
 TlsCa = Annotated[
@@ -77,6 +138,12 @@ Insecure = Annotated[
 ]
 
 
+def warn(*notes: str) -> None:
+    """A line on stderr for each note that isn't empty."""
+    for note in filter(None, notes):
+        print(f"turbo-eval: warning: {note}", file=sys.stderr)
+
+
 def split(text: str | None) -> list[str] | None:
     """The items of a comma-separated option; None if it was not given."""
     return [p.strip() for p in text.split(",") if p.strip()] if text is not None else None
@@ -86,20 +153,15 @@ def overrides(**given: Any) -> dict[str, Any]:
     """Config keys from option values; those not given are left out.
 
     Raises:
-        UsageError: a context that is no number.
+        UsageError: a context that is no number of tokens.
     """
-    from turbo_eval.errors import UsageError
-
     lists = ("pairs", "k", "v", "metrics", "anchor")
     data = {key: value for key, value in given.items() if value not in (None, [])}
     for key in lists:
         if key in data:
             data[key] = split(data[key])
     if "ctx" in data:
-        try:
-            data["ctx"] = [int(c) for c in split(data["ctx"]) or []]
-        except ValueError:
-            raise UsageError(f"--ctx {given['ctx']!r} is no number of tokens") from None
+        data["ctx"] = n.several("--ctx", data["ctx"], n.CONTEXT)
     return data
 
 
@@ -115,11 +177,9 @@ def merged(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     if any(key in given for key in ("pairs", "k", "v")):
         for key in ("pairs", "k", "v"):
             data.pop(key, None)
-        if "baseline" in data and "baseline" not in given:
-            # The file's baseline stays if the new pairs hold it; else the first pair stands in.
-            pairs = given.get("pairs") or []
-            if data["baseline"] not in pairs:
-                data.pop("baseline")
+    if "against" in given or given.get("reference") is False:  # what the file names gives way
+        for key in ("against", "baseline"):
+            data.pop(key, None)
     return data | given
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import typer
 
 from turbo_eval.commands import options as o
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from turbo_eval.sweep.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +31,8 @@ def plan(
     pairs: o.Pairs = None,
     k: o.KTypes = None,
     v: o.VTypes = None,
-    baseline: o.Baseline = None,
+    against: o.Against = None,
+    no_reference: o.NoReference = False,
     metrics: o.Metrics = None,
     ctx: o.Ctx = None,
     chunks: o.Chunks = None,
@@ -34,10 +43,9 @@ def plan(
     bin_dir: o.BinDir = None,
     results: o.Results = None,
 ) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
+    from turbo_eval.analysis.staleness import moved_on
     from turbo_eval.llama.provenance import machine
     from turbo_eval.metrics.base_logits import BaseLogits
     from turbo_eval.records.store import Store
@@ -50,7 +58,8 @@ def plan(
         pairs=pairs,
         k=k,
         v=v,
-        baseline=baseline,
+        against=against,
+        reference=False if no_reference else None,
         metrics=metrics,
         ctx=ctx,
         chunks=chunks,
@@ -64,23 +73,11 @@ def plan(
     store = Store(results or results_dir(), machine().id)
     known = store.all()
     status = {record.key: record.status for record in known}
-    columns = ("model", "K/V", "metric", "ctx", "chunks", "anchor", "estimate", "record")
+    o.warn(*made.notes, moved_on(made.build))
     console = Console()
-    wide = console.width >= 110
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("#", *columns, *(("key",) if wide else ())):
-        table.add_column(name, no_wrap=True)
-    left = 0.0
-    for number, job in enumerate(made.jobs, start=1):
-        cell = job.cell
-        have = status.get(cell.key())
-        seconds = estimate_seconds(job, known, made.threads)
-        left += 0 if have == "ok" else seconds
-        row = [str(number), cell.model, f"{cell.k}/{cell.v}", cell.metric, str(cell.ctx)]
-        row += [str(cell.chunks), cell.anchor, "" if have == "ok" else f"{seconds:.0f} s", have or "–"]
-        row += [cell.key()] if wide else []
-        table.add_row(*row, style="dim" if have == "ok" else None)
-    console.print(table)
+    seconds = {job.cell.key(): estimate_seconds(job, known, made.threads) for job in made.jobs}
+    console.print(cells_table(made, status, seconds, console.width))
+    left = sum(seconds[job.cell.key()] for job in made.jobs if status.get(job.cell.key()) != "ok")
     to_do = sum(status.get(job.cell.key()) != "ok" for job in made.jobs)
     console.print(f"{to_do} of {len(made.jobs)} cells to run, roughly {left / 60:.1f} min.")
     bases = {}
@@ -95,3 +92,35 @@ def plan(
         cap = BaseLogits.default().cap / 2**30
         state = "in the cache" if have_all else "to be computed"
         console.print(f"Base logits: {total:.0f} MiB, {state}; the cache holds at most {cap:g} GiB.")
+
+
+def cells_table(plan: Plan, status: Mapping[str, str], seconds: Mapping[str, float], width: int) -> Group:
+    """The cells with estimate and record. What doesn't fit into `width` columns is said once for all cells
+    where it is the same for all, else folded."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = []
+    for number, job in enumerate(plan.jobs, start=1):
+        cell = job.cell
+        have = status.get(cell.key())
+        estimate = "" if have == "ok" else f"{seconds[cell.key()]:.0f} s"
+        row = {"#": str(number), "model": cell.model, "K/V": f"{cell.k}/{cell.v}", "metric": cell.metric}
+        row |= {"ctx": str(cell.ctx), "chunks": str(cell.chunks), "anchor": cell.anchor}
+        rows.append(row | {"estimate": estimate, "record": have or "–", "key": cell.key()})
+    shown, said = list(rows[0]), []
+    if width < 110:
+        shown.remove("key")
+    for name in ("model", "chunks", "ctx", "anchor", "metric"):
+        natural = sum(2 + max(len(text) for text in (column, *(r[column] for r in rows))) for column in shown)
+        if natural > width and len({row[name] for row in rows}) == 1:
+            shown.remove(name)
+            said.append(f"{name} {rows[0][name]}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in shown), style="dim" if row["record"] == "ok" else None)
+    return Group(*([Text(", ".join(said))] if said else []), table)

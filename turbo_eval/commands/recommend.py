@@ -2,153 +2,280 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from turbo_eval.commands import options as o
+from turbo_eval.util import numbers as n
+
+if TYPE_CHECKING:
+    from turbo_eval.analysis.recommend import Bound, Candidate
+    from turbo_eval.inputs.models import ModelFile
+    from turbo_eval.llama.build import Build
+    from turbo_eval.records.record import Record
+    from turbo_eval.records.store import Store
 
 
 def register(app: typer.Typer) -> None:
     app.command(
-        help="""Name the cheapest K/V pair for a model within a bound, from records of this build
-        and machine; runs a short sweep first if there are none.
+        help="""Name the cheapest K/V pair for a model that is certainly within a bound.
 
-        Exit code 0: a pair is named; 1: none is within the bound.
+        Takes records of this machine and build in all settings on record, or in those that --corpus, --chunks
+        and --text-ctx leave; measures what is missing, the smallest pair first. Differences are against
+        f16/f16 of the same text and build.
+
+        Exit code 0: a pair is named; 1: none is within the bound; 3: the text can't decide it.
 
           turbo-eval recommend qwen2.5-coder-0.5b --max-delta-ppl 3% --ctx 32768
 
           turbo-eval recommend my.gguf --max-kld 0.02 --memory 2
+
+          turbo-eval recommend my.gguf --corpus my.txt --chunks 40 --no-measure --json
         """
     )(recommend)
 
 
+MaxKld = Annotated[
+    float | None,
+    typer.Option(
+        parser=n.option("--max-kld", n.NATS), metavar="NATS", help="Largest mean KL divergence, in nats."
+    ),
+]
+MaxDelta = Annotated[
+    float | None,
+    typer.Option(
+        parser=n.percent("--max-delta-ppl"), metavar="PERCENT", help="Largest ΔPPL; 3% if no bound is given."
+    ),
+]
+SizeCtx = Annotated[
+    int | None,
+    typer.Option(
+        parser=n.option("--ctx", n.TOKENS), metavar="N", help="Context to size for (default: the model's)."
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(parser=n.option("--memory", n.GIB), metavar="GIB", help="Memory for the KV cache, in GiB."),
+]
+TextCtx = Annotated[
+    int | None,
+    typer.Option(
+        parser=n.option("--text-ctx", n.CONTEXT),
+        metavar="N",
+        help="Context that was, or is to be, measured (default: any; 512).",
+    ),
+]
+
+
 def recommend(
     model: Annotated[str, typer.Argument(help="Model by name or path.")],
-    max_kld: Annotated[float | None, typer.Option(help="Largest mean KL divergence, in nats.")] = None,
-    max_delta_ppl: Annotated[str | None, typer.Option(help="Largest ΔPPL, e.g. 3%.")] = None,
-    ctx: Annotated[int | None, typer.Option(help="Context to size for (default: the model's).")] = None,
-    memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")] = None,
+    max_kld: MaxKld = None,
+    max_delta_ppl: MaxDelta = None,
+    ctx: SizeCtx = None,
+    memory: Memory = None,
     corpus: o.Corpus = None,
     chunks: o.Chunks = None,
+    text_ctx: TextCtx = None,
     backend: o.Backend = None,
     threads: o.Threads = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="Only look at what is on record.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, nothing else.")] = False,
 ) -> None:
+    from turbo_eval.analysis.ladder import Ladder
     from turbo_eval.analysis.recommend import Bound
     from turbo_eval.analysis.recommend import recommend as rank
-    from turbo_eval.analysis.table import by_setting, summarize
-    from turbo_eval.errors import UsageError
+    from turbo_eval.analysis.staleness import moved_on
     from turbo_eval.inputs.models import resolve_model
     from turbo_eval.llama.provenance import collect
-    from turbo_eval.records.store import Store
+    from turbo_eval.records.store import Store, warn_once
+    from turbo_eval.sweep.plan import beyond_training
     from turbo_eval.util.paths import results_dir
 
-    percent = _percent(max_delta_ppl)
-    if max_kld is None and percent is None:
-        percent = 3.0
+    if max_kld is None and max_delta_ppl is None:
+        max_delta_ppl = 3.0
         print("turbo-eval: no bound was given, taking --max-delta-ppl 3%", file=sys.stderr)
-    bound = Bound(max_kld, percent, memory)
+    bound = Bound(max_kld, max_delta_ppl, memory)
     file = resolve_model(model)
-    window = ctx or file.gguf.n_ctx_train
-    if window < 1:
-        raise UsageError(f"--ctx {window} is no context")
+    window = ctx or file.gguf.n_ctx_train or 4096
     build = o.load_build(backend or "cpu", bin_dir)
+    for warning in (moved_on(build), beyond_training(file, window)):
+        if warning:
+            warn_once(warning)
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
-    needed = ("kld",) if max_kld is not None else ("ppl", "kld")
-    known = [
-        r
-        for r in store.all()
-        if r.cell.model_sha256 == file.sha256
-        and r.cell.tree == build.tree
-        and r.cell.backend == (backend or "cpu")
-    ]
-    groups = [
-        rows
-        for _, rows in by_setting(summarize(known))
-        if len([r for r in rows if any(r.get(m) for m in needed)]) > 1
-        and (percent is None or any(r.delta_pct is not None for r in rows))
-    ]
-    if not groups:
-        groups = [_short_sweep(model, corpus, chunks, threads, build, provenance, store, max_kld is not None)]
-    # Records of several settings: the one with the most text decides, then the one with most pairs.
-    rows = max(groups, key=lambda g: (g[0].ctx * g[0].chunks, len(g)))
+    matches = _asked_for(file, build, backend or "cpu", corpus, chunks, text_ctx)
+    _tell_of_others(store, file, build)
+    wish = _wish(file, model, corpus, chunks, text_ctx, threads, max_kld is not None, store, matches)
+    ladder = Ladder(wish, build, provenance, store, matches)
+    rows = ladder.rows() if no_measure else ladder.climb(window, bound)
     ranked = rank(rows, file.gguf, window, bound)
-    first = rows[0]
-    print(
-        f"{file.name}, {first.corpus}, {first.chunks} chunks of {first.ctx} tokens, anchor {first.anchor},"
-        f" KV cache at {window} tokens:"
-    )
-    good = [c for c in ranked if not c.reasons]
-    for label, candidate in zip(("recommended", "runner-up"), good, strict=False):
-        row = candidate.row
-        print(
-            f"{label:12} {row.k}/{row.v}: {candidate.memory_mib:.0f} MiB"
-            f" ({row.bpv_k:g}/{row.bpv_v:g} bits per value), {candidate.figures()}"
+    code = _exit_code(ranked)
+    if as_json:
+        print(json.dumps(_as_json(ranked, file, build, window, bound), indent=1, ensure_ascii=False))
+    else:
+        _print(ranked, file, build, window)
+    if code:
+        raise typer.Exit(code)
+
+
+def _asked_for(
+    file: ModelFile, build: Build, backend: str, corpus: str | None, chunks: int | None, ctx: int | None
+) -> Callable[[Record], bool]:
+    """Which records count: of this model, build and environment, and of the text that was asked for."""
+    from turbo_eval.inputs.corpora import resolve_corpus
+    from turbo_eval.util.process import relevant_environment
+
+    text = resolve_corpus(corpus).sha256 if corpus is not None else None
+    env = relevant_environment()
+
+    def matches(record: Record) -> bool:
+        cell = record.cell.batched("ppl")
+        return (
+            cell.model_sha256 == file.sha256
+            and cell.tree == build.tree
+            and cell.backend == backend
+            and cell.env == env
+            and text in (None, cell.corpus_sha256)
+            and chunks in (None, cell.chunks)
+            and ctx in (None, cell.ctx)
         )
-    for candidate in ranked:
-        if candidate.reasons:
-            row = candidate.row
-            print(
-                f"{'not':12} {row.k}/{row.v}: {candidate.memory_mib:.0f} MiB, {'; '.join(candidate.reasons)}"
-            )
-    if not good:
-        print("turbo-eval: no pair on record is within the bound", file=sys.stderr)
-        raise typer.Exit(1)
+
+    return matches
 
 
-def _percent(text: str | None) -> float | None:
-    from turbo_eval.errors import UsageError
+def _tell_of_others(store: Store, file: ModelFile, build: Build) -> None:
+    """Records of other builds are not silently left out."""
+    from turbo_eval.records.store import warn_once
 
-    if text is None:
-        return None
-    try:
-        value = float(text.strip().removesuffix("%"))
-    except ValueError:
-        raise UsageError(f"--max-delta-ppl {text!r} is no percentage", "write it like 3%") from None
-    return value
-
-
-SHORT = (
-    "f16:f16",
-    "q8_0:q8_0",
-    "q8_0:turbo4",
-    "q8_0:turbo3",
-    "q4_0:q4_0",
-    "turbo4:turbo4",
-    "turbo4:turbo3",
-    "turbo3:turbo3",
-)
+    old = [r for r in store.all() if r.cell.model_sha256 == file.sha256 and r.cell.tree != build.tree]
+    if old:
+        warn_once(
+            f"stale: {len(old)} records of {file.name} are of other builds than {build.tree[:12]}"
+            " and do not count"
+        )
 
 
-def _short_sweep(
-    model: str,
+def _wish(
+    file: ModelFile,
+    name: str,
     corpus: str | None,
     chunks: int | None,
+    ctx: int | None,
     threads: int | None,
-    build: Any,
-    provenance: Any,
-    store: Any,
     kld: bool,
-) -> list[Any]:
-    """Measure the usual pairs that the build knows."""
-    from turbo_eval.analysis.table import summarize
-    from turbo_eval.llama.tool import capabilities
-    from turbo_eval.sweep.plan import make_plan
-    from turbo_eval.sweep.progress import live
-    from turbo_eval.sweep.run import run_sweep
-    from turbo_eval.sweep.spec import sweep_spec
+    store: Store,
+    matches: Callable[[Record], bool],
+) -> Any:
+    """What is missing is measured as it was asked for, else as most of what is there was."""
+    from collections import Counter
 
-    known = capabilities(build).cache_types
-    pairs = [p for p in SHORT if set(p.split(":")) <= known]
-    print(f"turbo-eval: no records of {model} yet, measuring {len(pairs)} pairs first", file=sys.stderr)
-    data: dict[str, Any] = {"model": model, "pairs": pairs, "chunks": chunks or 8, "backend": build.backend}
-    data["metrics"] = ["kld"] if kld else ["ppl"]
-    data |= {k: v for k, v in (("corpus", corpus), ("threads", threads)) if v is not None}
-    plan = make_plan(sweep_spec(data, "recommend"), build)
-    with live(plan) as reporter:
-        result = run_sweep(plan, provenance, store, reporter)
-    return summarize(result.records, plan.spec.baseline)
+    from turbo_eval.analysis.ladder import Wish
+    from turbo_eval.inputs.corpora import default_name, registry
+
+    known = [r.cell for r in store.all() if matches(r) and r.cell.metric in ("ppl", "kld")]
+    texts = registry()
+    usable = [c for c in known if corpus is not None or c.corpus in texts]
+    most = Counter((c.corpus, c.chunks, c.ctx) for c in usable).most_common(1)
+    text, many, long = most[0][0] if most else (default_name(), 8, 512)
+    return Wish(file, name, corpus or text, chunks or many, ctx or long, threads, kld)
+
+
+def _exit_code(ranked: Sequence[Candidate]) -> int:
+    if any(candidate.within for candidate in ranked):
+        return 0
+    return 3 if any(candidate.within is None for candidate in ranked) else 1
+
+
+def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> str:
+    """The command that serves the model with this cache."""
+    from turbo_eval.llama.tool import capabilities
+
+    row = candidate.row
+    server = build.bin_dir / "llama-server"
+    argv = [str(server) if server.is_file() else "llama-server", "-m", str(file.path), "-c", str(ctx)]
+    argv += ["-fa", "on", "-ctk", row.k, "-ctv", row.v]
+    if capabilities(build).kv_anchor and row.k not in ("f16", "f32", "bf16") and row.anchor != "auto":
+        argv += ["--kv-anchor", row.anchor]
+    if build.backend != "cpu":
+        argv += ["-ngl", "999"]
+    return shlex.join(argv)
+
+
+def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int) -> None:
+    from turbo_eval.analysis.recommend import best, oddities
+
+    print(f"{file.name}, build {build.tree[:12]}, KV cache at {ctx} tokens:")
+    good = best(ranked)
+    labels = {id(c): name for name, c in zip(("recommended", "runner-up"), good, strict=False)}
+    for candidate in ranked:
+        row = candidate.row
+        if candidate.within and id(candidate) not in labels:
+            continue
+        label = labels.get(id(candidate), "undecided" if candidate.within is None else "not")
+        why = [*candidate.reasons, *([candidate.doubt] if candidate.doubt else [])]
+        figures = [candidate.figures()] if candidate.figures() and not candidate.reasons else []
+        print(
+            f"{label:12} {candidate.name}: {candidate.memory_mib:.0f} MiB ({row.bpv_k:g}/{row.bpv_v:g} bits"
+            f" per value), {'; '.join([*figures, *why])} [{candidate.source()}]"
+        )
+    for sentence in oddities(ranked):
+        print(f"{'note':12} {sentence}")
+    if good:
+        print(f"{'run':12} {run_line(good[0], file, build, ctx)}")
+    elif _exit_code(ranked) == 3:
+        print("turbo-eval: no pair is certainly within the bound: measure more chunks", file=sys.stderr)
+    else:
+        print("turbo-eval: no pair on record is within the bound", file=sys.stderr)
+
+
+def _as_json(
+    ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int, bound: Bound
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from turbo_eval.analysis.recommend import best, oddities
+
+    def entry(candidate: Candidate) -> dict[str, Any]:
+        row = candidate.row
+        kld = row.get("kld")
+        return {
+            "k": row.k,
+            "v": row.v,
+            "anchor": row.anchor,
+            "within": candidate.within,
+            "reasons": list(candidate.reasons),
+            "doubt": candidate.doubt,
+            "memory_mib": candidate.memory_mib,
+            "bpv": row.bpv,
+            "status": row.status,
+            "delta_pct": row.delta_pct,
+            "delta_err_pct": row.delta.err_pct if row.delta else None,
+            "kld": kld.kld.mean if kld and kld.kld else None,
+            "kld_err": kld.kld.mean_err if kld and kld.kld else None,
+            "against": row.against,
+            "reference_key": row.reference.key if row.reference else None,
+            "corpus": row.corpus,
+            "ctx": row.ctx,
+            "chunks": row.chunks,
+            "keys": [record.key for record in row.records],
+        }
+
+    good = best(ranked)
+    return {
+        "model": file.name,
+        "model_sha256": file.sha256,
+        "tree": build.tree,
+        "ctx": ctx,
+        "bound": asdict(bound),
+        "recommended": entry(good[0]) if good else None,
+        "run": run_line(good[0], file, build, ctx) if good else None,
+        "candidates": [entry(candidate) for candidate in ranked],
+        "notes": oddities(ranked),
+    }

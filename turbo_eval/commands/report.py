@@ -12,6 +12,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         help="""Write index.html (self-contained), report.md and figures/ (SVG, PNG).
 
+        ΔPPL is against f16/f16 of the same text and build.
+
           turbo-eval report --out report
         """
     )(report)
@@ -25,15 +27,18 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
 ) -> None:
     from turbo_eval.analysis import report as reports
-    from turbo_eval.analysis.table import by_setting, summarize
+    from turbo_eval.analysis.staleness import stale
+    from turbo_eval.analysis.summary import by_setting, summarize
     from turbo_eval.bench.run import read_bench
     from turbo_eval.errors import IncompleteError
-    from turbo_eval.records.store import read_all
+    from turbo_eval.records.store import read_all, warn_once
     from turbo_eval.util.paths import results_dir
 
     places = results or [results_dir()]
     records = read_all(places)
     benches = [b for place in places if place.is_dir() for b in read_bench(place)]
+    for sentence in stale(records):
+        warn_once(sentence)
     if not records and not benches:
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
     if markdown:

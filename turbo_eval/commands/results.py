@@ -22,7 +22,10 @@ def register(app: typer.Typer) -> None:
 
 @results_app.command("list")
 def list_(results: o.Results = None) -> None:
-    """Every record: key, machine, cell, status, figure, when."""
+    """Every record: key, machine, cell, status, figure, when.
+
+    turbo-eval results list --results results
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -98,6 +101,8 @@ def export(
     rows = [_flat(record) for record in _records(results)]
     if out.suffix not in (".csv", ".parquet", ".json"):
         raise UsageError(f"{out} ends in none of .csv, .parquet and .json", "choose one of them")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder of {out} does not exist", "make it first")
     with writing(out):
         if out.suffix == ".json":
             out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -118,7 +123,10 @@ def export(
 
 @results_app.command()
 def schema() -> None:
-    """The JSON schema of a record, as published in docs/record.schema.json."""
+    """The JSON schema of a record, as published in docs/record.schema.json.
+
+    turbo-eval results schema > record.schema.json
+    """
     from turbo_eval.records.record import json_schema
 
     print(json_schema(), end="")

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
     app.command(
         help="""Measure K/V cache-type pairs and write one record a cell.
 
-        Cells on record are not run again; failed ones are. Exit code 0: every cell is ok;
+        Cells on record are not run again; failed ones are. ΔPPL is against f16/f16 of the same text and
+        build, which is measured too if it is not asked for; --against names another pair. Exit code 0: every
+        cell is ok;
         3: some cell failed (its row says how); 2: bad input; 4: build or disk; 130: Ctrl-C.
 
           turbo-eval sweep configs/demo.toml
@@ -45,7 +47,8 @@ def sweep(
     pairs: o.Pairs = None,
     k: o.KTypes = None,
     v: o.VTypes = None,
-    baseline: o.Baseline = None,
+    against: o.Against = None,
+    no_reference: o.NoReference = False,
     metrics: o.Metrics = None,
     ctx: o.Ctx = None,
     chunks: o.Chunks = None,
@@ -58,16 +61,21 @@ def sweep(
     results: o.Results = None,
     scheduler: o.Scheduler = None,
     jobs: o.Jobs = None,
-    retries: Annotated[int, typer.Option(help="How often a cell is tried again that a worker lost.")] = 2,
-    patience: Annotated[float, typer.Option(help="Seconds to wait for a worker that fits.")] = 60.0,
+    retries: o.Retries = 2,
+    patience: o.Patience = 60.0,
     tls_ca: o.TlsCa = None,
     tls_cert: o.TlsCert = None,
     tls_key: o.TlsKey = None,
     insecure: o.Insecure = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run every cell, on record or not.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Run every cell, on record or not; what a new number replaces goes to history/."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.analysis.table import by_setting, json_rows, render_rich, summarize
+    from turbo_eval.analysis.staleness import moved_on
     from turbo_eval.llama.provenance import collect
     from turbo_eval.scale.target import TlsFiles, parse_target
     from turbo_eval.sweep.plan import make_plan
@@ -83,7 +91,8 @@ def sweep(
             pairs=pairs,
             k=k,
             v=v,
-            baseline=baseline,
+            against=against,
+            reference=False if no_reference else None,
             metrics=metrics,
             ctx=ctx,
             chunks=chunks,
@@ -96,6 +105,8 @@ def sweep(
     )
     build = o.load_build_to_plan(spec.backend, bin_dir, remote=target.kind == "remote")
     plan = make_plan(spec, build)
+    behind = moved_on(build) if target.kind == "local" else ""
+    o.warn(*plan.notes, behind)
     provenance = collect(build)
     root = results or results_dir()
     with live(plan) as reporter:
@@ -106,7 +117,20 @@ def sweep(
             result = _spread(
                 plan, provenance, root, reporter, fresh, target, bin_dir, tls, insecure, retries, patience
             )
-    rows = summarize(result.records, spec.baseline)
+    if not _show(result, plan, root, provenance.machine.id, as_json):
+        raise typer.Exit(3)
+
+
+def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bool) -> bool:
+    """Print the table and a line for each failed cell; whether there is none."""
+    from turbo_eval.analysis.summary import by_setting, summarize
+    from turbo_eval.analysis.table import json_rows, render_rich
+    from turbo_eval.records.reference import References
+    from turbo_eval.records.store import Store
+
+    store = Store(root, machine)
+    references = References.in_store(store, plan.spec.against, wanted=plan.spec.reference)
+    rows = summarize(result.records, references=references)
     if as_json:
         by_key: dict[str, dict[str, Any]] = {r["key"]: r for r in json_rows(rows)}
         data = [by_key[record.key] for record in result.records]
@@ -119,13 +143,14 @@ def sweep(
             console.print(render_rich(group, console.width))
     failed = [r for r in result.records if not r.ok]
     for record in failed:
+        before = store.load(record.cell)
+        kept = "; the number of before is kept" if before is not None and before.ok else ""
         print(
             f"turbo-eval: {record.cell.model} {record.cell.pair()} {record.cell.metric} is"
-            f" {record.status}: {record.detail}; log: {root / record.run.log}",
+            f" {record.status}: {record.detail}; log: {root / record.run.log}{kept}",
             file=sys.stderr,
         )
-    if failed:
-        raise typer.Exit(3)
+    return not failed
 
 
 def _here(plan: Plan, provenance: Provenance, root: Path, reporter: Reporter, fresh: bool) -> SweepResult:

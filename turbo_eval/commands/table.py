@@ -46,30 +46,34 @@ def table(
         list[Path] | None, typer.Argument(help="Record files or folders (default: results/).")
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.rich,
-    baseline: o.Baseline = None,
+    against: o.Against = None,
     matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
     from turbo_eval.analysis import table as tables
+    from turbo_eval.analysis.staleness import stale
+    from turbo_eval.analysis.summary import by_setting, summarize
     from turbo_eval.errors import IncompleteError
     from turbo_eval.formats.cache_types import parse_pair
-    from turbo_eval.records.store import read_all
+    from turbo_eval.records.store import read_all, warn_once
     from turbo_eval.util.paths import results_dir
 
     records = read_all(results or [results_dir()])
     if not records:
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
-    rows = tables.summarize(records, parse_pair(baseline) if baseline else None)
+    for sentence in stale(records):
+        warn_once(sentence)
+    rows = summarize(records, parse_pair(against) if against else None)
     if matrix is not None:
         names = {Matrix.ppl: "PPL", Matrix.delta: "ΔPPL %", Matrix.kld: "KLD"}
-        print("\n".join(tables.render_matrix(group, names[matrix]) for _, group in tables.by_setting(rows)))
+        print("\n".join(tables.render_matrix(group, names[matrix]) for _, group in by_setting(rows)))
     elif form is Format.rich:
         from rich.console import Console
 
         console = Console()
-        for _, group in tables.by_setting(rows):
+        for _, group in by_setting(rows):
             console.print(tables.render_rich(group, console.width))
     elif form is Format.markdown:
-        print("\n".join(tables.render_markdown(group) for _, group in tables.by_setting(rows)), end="")
+        print("\n".join(tables.render_markdown(group) for _, group in by_setting(rows)), end="")
     elif form is Format.csv:
         print(tables.render_csv(rows), end="")
     else:

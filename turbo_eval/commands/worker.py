@@ -42,7 +42,7 @@ def worker(
     tls_cert: o.TlsCert = None,
     tls_key: o.TlsKey = None,
     insecure: o.Insecure = False,
-    patience: Annotated[float, typer.Option(help="Seconds to look for the scheduler.")] = 60.0,
+    patience: o.Patience = 60.0,
 ) -> None:
     from turbo_eval.scale import require_distributed
 

@@ -115,6 +115,11 @@ def cache_type(name: str) -> CacheType:
     raise UsageError(f"unknown cache type {name!r}", _did_you_mean(name, [*CACHE_TYPES, *own]))
 
 
+def known_types() -> list[str]:
+    """The names of all types, the project's own among them."""
+    return [*CACHE_TYPES, *_of_project()]
+
+
 def _of_project() -> dict[str, CacheType]:
     """What the sources of the project that we are in have beside ours."""
     project = paths.project()

@@ -41,8 +41,9 @@ class SeriesState:
             return "not applied"
         if self.stopped:
             return "stopped in the middle of applying: a conflict waits for a decision"
-        word = "applied" if self.applied else "another series or pin is applied"
-        return f"{word}, with edits the series does not hold" if self.dirty else word
+        if self.dirty:  # a commit of one's own is no other series
+            return f"{'applied, with' if self.applied else 'there are'} edits the series does not hold"
+        return "applied" if self.applied else "another series or pin is applied"
 
 
 def read_series(folder: Path | None = None) -> list[Path]:

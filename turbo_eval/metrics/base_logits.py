@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama.tool import perplexity_argv
 from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.reference import exact_cell
+from turbo_eval.util import numbers
 from turbo_eval.util.files import writing
 from turbo_eval.util.paths import cache_dir
 
 if TYPE_CHECKING:
-    from turbo_eval.metrics.perplexity import Bench, OnProgress
-    from turbo_eval.sweep.plan import Job
+    from turbo_eval.metrics.job import Job
+    from turbo_eval.metrics.perplexity import Bench
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")
@@ -39,11 +43,8 @@ class BaseFailedError(Exception):
         self.record = record
 
 
-def base_cell(cell: Cell) -> Cell:
-    """The exact run that `cell` is compared with: same text and build, f16/f16, anchor off."""
-    return cell.model_copy(
-        update={"metric": "ppl", "k": "f16", "v": "f16", "anchor": "off", "anchor_sha256": "", "options": {}}
-    )
+# cell, its command line, the command line to put on record
+RunExact = Callable[[Cell, list[str], list[str]], Record]
 
 
 def file_bytes(n_ctx: int, n_vocab: int, n_chunk: int) -> int:
@@ -65,22 +66,17 @@ class BaseLogits:
         """In the cache folder; TURBO_EVAL_LOGITS_GIB sets the cap.
 
         Raises:
-            UsageError: TURBO_EVAL_LOGITS_GIB is not a positive number.
+            UsageError: TURBO_EVAL_LOGITS_GIB is no positive number.
         """
         text = os.environ.get("TURBO_EVAL_LOGITS_GIB")
         cap = DEFAULT_CAP
         if text:
-            try:
-                cap = int(float(text) * 2**30)
-            except ValueError:
-                cap = 0
-            if cap <= 0:
-                raise UsageError(f"TURBO_EVAL_LOGITS_GIB={text!r} is not a positive number of GiB")
+            cap = int(numbers.read("TURBO_EVAL_LOGITS_GIB", text, numbers.GIB) * 2**30)
         return cls(cache_dir() / "logits", cap)
 
     def path(self, cell: Cell, machine: str) -> Path:
         """Where the base of `cell` lies. The machine is in the name: numbers differ between CPUs."""
-        return self.dir / f"{base_cell(cell).key()}.{machine}.dat"
+        return self.dir / f"{exact_cell(cell).key()}.{machine}.dat"
 
     def size_for(self, cell: Cell, n_vocab: int) -> int:
         """Bytes the base of `cell` takes."""
@@ -103,7 +99,7 @@ class BaseLogits:
             return f"it cannot be read: {error}"
         if magic != _MAGIC or (n_ctx, n_chunk) != (cell.ctx, cell.chunks):
             return f"its header says {n_chunk} chunks of {n_ctx} tokens"
-        if note.get("key") != base_cell(cell).key():
+        if note.get("key") != exact_cell(cell).key():
             return "it belongs to another model, text or build"
         if size != file_bytes(n_ctx, n_vocab, n_chunk):
             return f"it has {size} of {file_bytes(n_ctx, n_vocab, n_chunk)} bytes"
@@ -111,48 +107,70 @@ class BaseLogits:
             return "its content has changed"
         return None
 
-    def ensure(self, job: Job, bench: Bench, on_progress: OnProgress) -> Path:
-        """Return a verified base for the job, computing it if there is none.
+    def ensure(self, job: Job, bench: Bench, run: RunExact) -> tuple[Path, Record | None]:
+        """Return a verified base for the job, and the record of the run that made it if it had to be made.
+
+        Args:
+            run: measures a cell by a command line and puts another one on record: one that gives the same
+                figure and writes no file.
+
+        That run is the reference's: it is put on record where there is none, under the lock of its cell,
+        which is taken before the lock of the file by everybody (the job's own lock is held already).
 
         Raises:
             UsageError: it would be larger than the cap.
             EnvironmentProblem: no room on the disk.
             BaseFailedError: the f16 run crashed, hung or gave no number.
         """
-        machine = bench.provenance.machine.id
-        path = self.path(job.cell, machine)
+        path = self.path(job.cell, bench.provenance.machine.id)
         with writing(path):
             self.dir.mkdir(parents=True, exist_ok=True)
+        with self._locked(path):
+            if self._usable(path, job.cell):
+                return path, None
+        cell = exact_cell(job.cell)
+        own = cell.key() == job.cell.key()
+        with nullcontext() if own else bench.store.lock(cell, wait=True):
+            with self._locked(path):  # two sweeps: one computes, the other then finds it
+                if self._usable(path, job.cell):
+                    return path, None
+                record = self._compute(job, bench, path, run)
+            if not own and bench.store.load(cell) is None:
+                bench.store.write(record)
+        return path, record
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        with writing(path):
             lock = path.with_suffix(".lock").open("a")
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two sweeps: one computes, the other then finds it
-            if self.fault(path, job.cell) is None:
-                digest = _sha256(path)
-                os.utime(path)  # least recently used goes first
-                _VERIFIED[path] = (_stamp(path), digest)
-                return path
-            self._compute(job, bench, path, on_progress)
-        return path
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
-    def _compute(self, job: Job, bench: Bench, path: Path, on_progress: OnProgress) -> None:
-        from turbo_eval.metrics.perplexity import conclude, execute
+    def _usable(self, path: Path, cell: Cell) -> bool:
+        if self.fault(path, cell) is not None:
+            return False
+        digest = _sha256(path)
+        os.utime(path)  # least recently used goes first
+        _VERIFIED[path] = (_stamp(path), digest)
+        return True
 
-        cell = base_cell(job.cell)
+    def _compute(self, job: Job, bench: Bench, path: Path, run: RunExact) -> Record:
+        cell = exact_cell(job.cell)
         need = self.size_for(cell, job.model.gguf.n_vocab)
         self.make_room(need, keep=path)
         scratch = path.with_suffix(".part")
-        argv = perplexity_argv(
+        plain = perplexity_argv(
             cell,
             bench.build,
             model=job.model.path,
             corpus=job.corpus.path,
             threads=bench.threads,
             anchor="off" if job.anchor is not None else None,
-            logits_out=scratch,
         )
+        argv = [*plain, "--kl-divergence-base", str(scratch)]
         try:
-            outcome, info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
-            record = conclude(cell, outcome, info, bench)
+            record = run(cell, argv, plain)
             if not record.ok:
                 raise BaseFailedError(record)
             size = scratch.stat().st_size if scratch.exists() else 0
@@ -168,6 +186,7 @@ class BaseLogits:
                 path.with_suffix(".json").write_text(json.dumps(note, indent=1), encoding="utf-8")
                 scratch.replace(path)
             _VERIFIED[path] = (_stamp(path), note["sha256"])
+            return record
         finally:
             scratch.unlink(missing_ok=True)
 

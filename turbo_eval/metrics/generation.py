@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from turbo_eval.llama import bindings, output
 from turbo_eval.llama.backends import backend
 from turbo_eval.metrics import judge
+from turbo_eval.metrics.job import Job
 from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.records.record import Cell, Greedy, Needle, Record, Run
-from turbo_eval.sweep.plan import Job, references
+from turbo_eval.records.reference import is_exact, references
+from turbo_eval.util import python
 from turbo_eval.util.process import Outcome, child_environment, relevant_environment, run
 
 WORKER = "turbo_eval.metrics.generation_worker"
@@ -33,13 +34,21 @@ def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
         output = Path(folder) / "output.json"
         request = Path(folder) / "job.json"
         request.write_text(json.dumps(_request(job, bench, output)), encoding="utf-8")
-        argv = [sys.executable, "-m", WORKER, str(request)]
+        argv = python.command("-m", WORKER, request)
         env, removed = child_environment()
-        env["LLAMA_CPP_LIB_PATH"] = str(bench.build.bin_dir)
+        env["LLAMA_CPP_LIB_PATH"] = str(bench.build.bin_dir.resolve())
         if job.anchor is not None:
-            env["LLAMA_ARG_KV_ANCHOR"] = job.anchor
+            in_file = Path(job.anchor).is_file()
+            env["LLAMA_ARG_KV_ANCHOR"] = str(Path(job.anchor).resolve()) if in_file else job.anchor
         log = bench.store.log_path(cell)
-        outcome = run(argv, log=log, env=env, timeout=bench.timeout, on_text=_follow(cell, on_progress))
+        outcome = run(
+            argv,
+            log=log,
+            env=python.environment(env),
+            timeout=bench.timeout,
+            on_text=_follow(cell, on_progress),
+            cwd=Path(folder),
+        )
         result = json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
     info = Run(
         argv=tuple(argv),
@@ -69,8 +78,8 @@ def _request(job: Job, bench: Bench, output: Path) -> dict[str, Any]:
     per_prompt = cell.options["prompt_tokens"] if cell.metric == "greedy" else max(cell.options["lengths"])
     return {
         "metric": cell.metric,
-        "model": str(job.model.path),
-        "corpus": str(job.corpus.path),
+        "model": str(job.model.path.resolve()),
+        "corpus": str(job.corpus.path.resolve()),
         "k": cell.k,
         "v": cell.v,
         "n_ctx": n_ctx,
@@ -110,7 +119,7 @@ def _conclude(cell: Cell, outcome: Outcome, info: Run, result: dict[str, Any] | 
     needle: Needle | None = None
     if verdict is None and result is not None:
         exact = _f16_record(cell, bench)
-        if exact is None and (cell.k, cell.v) != ("f16", "f16"):
+        if exact is None and not is_exact(cell):
             verdict = ("no-result", "there is no f16/f16 result to compare with")
         elif cell.metric == "greedy":
             outputs = tuple(tuple(o) for o in result["outputs"])

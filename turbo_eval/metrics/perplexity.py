@@ -12,10 +12,11 @@ from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import perplexity_argv
 from turbo_eval.metrics import judge
 from turbo_eval.metrics.base_logits import BaseFailedError, BaseLogits
+from turbo_eval.metrics.job import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Decode, Effective, Record, Run, finite
+from turbo_eval.records.reference import references
 from turbo_eval.records.store import Store
-from turbo_eval.sweep.plan import Job, references
 from turbo_eval.util.process import Outcome, child_environment, relevant_environment, run
 
 # Called as work goes on: chunks done, chunks in all, running perplexity.
@@ -41,10 +42,22 @@ def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
         KeyboardInterrupt: after ending the process; nothing is recorded.
     """
     cell = job.cell
+
+    def run_exact(exact: Cell, argv: list[str], shown: list[str]) -> Record:
+        outcome, info = execute(exact, argv, bench, bench.store.log_path(exact), on_progress)
+        return conclude(exact, outcome, info.model_copy(update={"argv": tuple(shown)}), bench)
+
+    if job.writes_base:
+        try:
+            _, record = BaseLogits.default().ensure(job, bench, run_exact)
+        except BaseFailedError as error:
+            return error.record
+        if record is not None:
+            return record  # else the base is there from before, and only the figure is missing
     base: Path | None = None
     if cell.metric == "kld":
         try:
-            base = BaseLogits.default().ensure(job, bench, on_progress)
+            base, _ = BaseLogits.default().ensure(job, bench, run_exact)
         except BaseFailedError as error:
             failed = error.record
             verdict: judge.Verdict = (

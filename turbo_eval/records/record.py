@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.sweep.spec import Backend, Metric
 
 SCHEMA = 1
+
+Metric = Literal["ppl", "kld", "decode", "greedy", "needle"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+Backend = Literal["cpu", "metal", "cuda"]
 
 Status = Literal[
     "ok",
@@ -36,7 +39,8 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What is not finite is no number: the record that holds it cannot be read.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Cell(_Frozen):
@@ -82,7 +86,19 @@ class Cell(_Frozen):
 
     def text_key(self) -> str:
         """Without K, V, metric and its options: one text through one build of one model."""
-        return self._digest(exclude=_NAMES | {"k", "v", "metric", "options"})
+        return self._digest(exclude=_NAMES | _MEASURE | {"k", "v"})
+
+    def reference_key(self) -> str:
+        """Without all that is done to the cache: cells that have one reference."""
+        return self._digest(exclude=_NAMES | _MEASURE | _CACHE)
+
+    def batched(self, metric: Metric) -> Cell:
+        """The batched run over the same text that a decode cell is compared with; any other cell itself."""
+        if self.metric != "decode":
+            return self
+        options = self.options
+        update = {"ubatch": options["batched_ubatch"], "chunks": options["batched_chunks"]}
+        return self.model_copy(update=update | {"metric": metric, "options": {}})
 
     def pair(self) -> str:
         """ "K:V"."""
@@ -96,7 +112,10 @@ class Cell(_Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+# Parts of a cell's identity. A new property of the cache, e.g. a window, belongs to _CACHE.
 _NAMES = frozenset({"model", "corpus"})
+_MEASURE = frozenset({"metric", "options"})
+_CACHE = frozenset({"k", "v", "anchor", "anchor_sha256"})
 
 
 class Effective(_Frozen):
@@ -228,6 +247,12 @@ class Record(_Frozen):
     run: Run
     provenance: Provenance
 
+    @model_validator(mode="after")
+    def _sound(self) -> Record:
+        if self.ppl is not None and self.ppl <= 0:
+            raise ValueError(f"a perplexity of {self.ppl} cannot be")
+        return self
+
     @property
     def ok(self) -> bool:
         return self.status == "ok"
@@ -326,6 +351,8 @@ def read_record(path: Path) -> Record:
         raise IncompleteError(f"record {path} is damaged at {where}: {first['msg']}", step) from None
     if record.key != record.cell.key():
         raise IncompleteError(f"record {path} does not hold the cell its key names", step)
+    if record.provenance.tree != record.cell.tree:
+        raise IncompleteError(f"record {path} was measured with another build than its cell's", step)
     return record
 
 

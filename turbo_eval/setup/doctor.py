@@ -16,7 +16,7 @@ from turbo_eval.inputs import corpora, models
 from turbo_eval.llama import bindings, patches, provenance, source, toolchain
 from turbo_eval.llama import build as builds
 from turbo_eval.llama.backends import BACKENDS
-from turbo_eval.util import paths
+from turbo_eval.util import paths, python
 from turbo_eval.util.git import git
 from turbo_eval.util.project import Project
 
@@ -133,7 +133,7 @@ def _builds() -> Iterator[Finding]:
             edits = ", with edits outside the series" if found.dirty else ""
             if not found.current():
                 raise EnvironmentProblem(
-                    f"tree {found.tree[:12]}, but the sources are another one now",
+                    f"tree {found.tree[:12]}, and the sources were changed since",
                     paths.step(f"build-{backend}", f"build {backend}"),
                 )
             return f"tree {found.tree[:12]}{edits}, {found.compiler}{_devices(found)}"
@@ -182,7 +182,7 @@ def _bindings() -> Finding:
     except EnvironmentProblem as error:
         return Finding(section, name, False, f"{have}, but {error.message}: nothing to load", error.next_step)
     done = subprocess.run(
-        [sys.executable, "-c", _LOADED],
+        python.command("-c", _LOADED),
         capture_output=True,
         text=True,
         timeout=120,

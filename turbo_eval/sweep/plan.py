@@ -15,29 +15,22 @@ from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities, check_types
-from turbo_eval.records.record import Cell, Record
-from turbo_eval.sweep.spec import METRICS, Metric, SweepSpec
+from turbo_eval.metrics.job import Job
+from turbo_eval.records.record import METRICS, Cell, Metric, Record
+from turbo_eval.records.reference import EXACT, exact_generation_cell
+from turbo_eval.sweep.spec import SweepSpec
 from turbo_eval.util.process import relevant_environment
 
 
 @dataclass(frozen=True)
-class Job:
-    """A cell and where its inputs lie. `anchor` is the value for --kv-anchor, None: no flag."""
-
-    cell: Cell
-    model: ModelFile
-    corpus: CorpusFile
-    anchor: str | None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The jobs of a sweep, baseline first in each comparison."""
+    """The jobs of a sweep, the reference first in each comparison. `notes`: what to know before it runs."""
 
     spec: SweepSpec
     build: Build
     jobs: tuple[Job, ...]
     threads: int
+    notes: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         return [job.cell for job in self.jobs]
@@ -50,33 +43,72 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
         UsageError: a type the build doesn't know, a block that doesn't divide head_dim, a corpus
             that cannot hold the context, an anchor that isn't there, a missing or broken model.
     """
-    check_types(build, spec.pairs)
+    pairs = [*spec.pairs, *([spec.against] if spec.against else [])]
+    check_types(build, tuple(pairs))
     name = default_name() if spec.corpus == "default" else spec.corpus
     corpus = resolve_corpus(name, download=download)
     for ctx in spec.ctx:
-        # A token is at least one byte (a BOS may come on top), so this is certain without a tokenizer.
-        if corpus.size + 1 < 2 * ctx:
-            raise UsageError(
-                f"corpus {corpus.name} has {corpus.size} bytes, too few for two contexts of {ctx} tokens",
-                "take a longer text or a smaller --ctx",
-            )
+        _check_length(corpus, ctx, spec.chunks)
     anchors = check_anchors(spec.anchor, build)
     env = relevant_environment()
+    kv_anchor = capabilities(build).kv_anchor
     jobs: list[Job] = []
+    notes: list[str] = []
     for name in spec.models:
         model = resolve_model(name, download=download)
-        for pair in spec.pairs:
+        for pair in pairs:
             check_blocks(model, pair)
+        notes += [note for ctx in spec.ctx if (note := beyond_training(model, ctx))]
         for ctx in spec.ctx:
+            if adds_reference(spec, anchors):
+                cell = _cell(spec, "ppl", model, corpus, *EXACT, ctx, "off", build, env)
+                flag = "off" if kv_anchor else None
+                jobs.append(Job(cell, model, corpus, flag, writes_base="kld" in spec.metrics))
             for metric in wanted_metrics(spec.metrics):
                 for anchor in anchors:
                     for k, v in ordered_pairs(spec, metric):
                         cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, build, env)
-                        flag = anchor if capabilities(build).kv_anchor else None
-                        jobs.append(Job(cell, model, corpus, flag))
+                        jobs.append(Job(cell, model, corpus, anchor if kv_anchor else None))
+                        if metric in ("greedy", "needle") and exact_generation_cell(cell) != cell:
+                            exact = exact_generation_cell(cell)
+                            at = len(jobs) - 1  # before what is compared with it
+                            jobs.insert(at, Job(exact, model, corpus, exact.anchor if kv_anchor else None))
     unique = {job.cell.key(): job for job in reversed(jobs)}
     kept = [job for job in jobs if unique.get(job.cell.key()) is job]
-    return Plan(spec, build, tuple(kept), spec.threads or os.cpu_count() or 1)
+    return Plan(spec, build, tuple(kept), spec.threads or os.cpu_count() or 1, tuple(notes))
+
+
+def _check_length(corpus: CorpusFile, ctx: int, chunks: int) -> None:
+    """Refuse what the text certainly cannot give. A token is at least one byte (a BOS may come on top), so
+    this is certain without a tokenizer."""
+    if corpus.size + 1 < 2 * ctx:
+        raise UsageError(
+            f"corpus {corpus.name} has {corpus.size} bytes, too few for two contexts of {ctx} tokens",
+            "take a longer text or a smaller --ctx",
+        )
+    most = (corpus.size + 1) // ctx
+    if chunks > most:
+        raise UsageError(
+            f"corpus {corpus.name} has {corpus.size} bytes, too few for {chunks} chunks of {ctx} tokens",
+            f"take a longer text or at most {most} --chunks",
+        )
+
+
+def beyond_training(model: ModelFile, ctx: int) -> str:
+    """A warning where a context is longer than any that the model was trained on; "" where it is not."""
+    trained = model.gguf.n_ctx_train
+    if not trained or ctx <= trained:
+        return ""
+    return f"{model.name} was trained on contexts of up to {trained} tokens; {ctx} are beyond that"
+
+
+def adds_reference(spec: SweepSpec, anchors: Iterable[str]) -> bool:
+    """Has f16/f16 with the anchor off to be added for the sweep's comparisons? Not where it is asked for
+    anyway, where another pair is named, or where nothing is compared."""
+    if not spec.reference or spec.against not in (None, EXACT):
+        return False
+    asked = EXACT in spec.pairs and not {"off", "auto"}.isdisjoint(anchors)
+    return not asked and not {"ppl", "kld", "decode"}.isdisjoint(spec.metrics)
 
 
 def wanted_metrics(metrics: Iterable[Metric]) -> list[Metric]:
@@ -91,10 +123,16 @@ def wanted_metrics(metrics: Iterable[Metric]) -> list[Metric]:
 
 
 def ordered_pairs(spec: SweepSpec, metric: Metric = "ppl") -> list[tuple[str, str]]:
-    """What others are compared with first, the rest as given: the baseline, and for generation
-    f16:f16, which is added where the sweep does not have it."""
-    first = [("f16", "f16")] if metric in ("greedy", "needle") else []
-    return list(dict.fromkeys([*first, spec.baseline, *spec.pairs]))
+    """What others are compared with first, the rest as given: for perplexity the pair that was named for it,
+    else f16:f16 where it is among the pairs; for generation f16:f16, which is added where the sweep does not
+    have it."""
+    if metric in ("greedy", "needle"):
+        first = [EXACT]
+    elif metric != "decode" and spec.against:
+        first = [spec.against]
+    else:
+        first = [pair for pair in spec.pairs if pair in (spec.against or EXACT, EXACT)][:1]
+    return list(dict.fromkeys([*first, *spec.pairs]))
 
 
 def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
@@ -182,34 +220,6 @@ def _cell(
         env=env,
         options=options,
     )
-
-
-def batched_cell(cell: Cell, metric: Metric) -> Cell:
-    """The batched cell over the same text that a decode cell is compared with."""
-    return cell.model_copy(
-        update={
-            "metric": metric,
-            "ubatch": cell.options["batched_ubatch"],
-            "chunks": cell.options["batched_chunks"],
-            "options": {},
-        }
-    )
-
-
-def references(cell: Cell) -> tuple[Cell, ...]:
-    """The cells whose records are looked up when `cell` is judged, in order of preference: they come
-    before it in a plan, and a machine that runs it alone must be given them."""
-    if cell.metric == "decode":
-        return batched_cell(cell, "ppl"), batched_cell(cell, "kld")
-    if cell.metric in ("greedy", "needle") and (cell.k, cell.v) != ("f16", "f16"):
-        return (cell.model_copy(update={"k": "f16", "v": "f16"}),)
-    return ()
-
-
-def comparison(cell: Cell) -> str:
-    """Cells of one comparison have it in common: one text through one build of one model. A decode
-    cell belongs to the batched run over the same corpus."""
-    return (batched_cell(cell, "ppl") if cell.metric == "decode" else cell).text_key()
 
 
 def estimate_seconds(job: Job, known: Iterable[Record], threads: int) -> float:

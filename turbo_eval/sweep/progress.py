@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+from turbo_eval.metrics.job import Job
 from turbo_eval.records.record import Record
-from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.run import Reporter
 
 

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Protocol
 
 from turbo_eval.errors import TurboEvalError
+from turbo_eval.metrics.job import Job
 from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.metrics.perplexity import measure as measure_perplexity
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
-from turbo_eval.sweep.plan import Job, Plan
+from turbo_eval.sweep.plan import Plan
 
 
 class Reporter(Protocol):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbo_eval.errors import TurboEvalError, UsageError
-from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.formats.cache_types import cache_type, known_types, parse_pair
+from turbo_eval.records.record import Backend, Metric
+from turbo_eval.util import numbers as n
 
-Metric = Literal["ppl", "kld", "decode", "greedy", "needle"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-Backend = Literal["cpu", "metal", "cuda"]
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -37,30 +37,23 @@ class DecodeSpec(_Strict):
             f16 caches differ by 1 to 2 % over 127 tokens, 0.2 % over 254 (SmolLM2, CPU).
     """
 
-    chunks: int = Field(default=2, ge=1)
-    bound_pct: float = Field(default=2.0, gt=0)
+    chunks: n.Count = 2
+    bound_pct: n.PositivePercent = 2.0
 
 
 class GreedySpec(_Strict):
     """Greedy agreement: `tokens` generated after each of `prompts` passages of `prompt_tokens`."""
 
-    prompts: int = Field(default=4, ge=1)
-    prompt_tokens: int = Field(default=128, ge=8)
-    tokens: int = Field(default=32, ge=1)
+    prompts: n.Count = 4
+    prompt_tokens: n.Context = 128
+    tokens: n.Count = 32
 
 
 class NeedleSpec(_Strict):
     """Needle retrieval: context lengths in tokens, depths as fractions of the context."""
 
-    lengths: tuple[int, ...] = (512, 1024)
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-
-    @field_validator("depths")
-    @classmethod
-    def _fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value or any(not 0 <= d <= 1 for d in value):
-            raise ValueError("depths are fractions from 0 to 1")
-        return value
+    lengths: tuple[n.Context, ...] = Field(default=(512, 1024), min_length=1)
+    depths: tuple[n.Fraction, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
 
 
 class SweepSpec(_Strict):
@@ -70,7 +63,9 @@ class SweepSpec(_Strict):
         models: registry names or paths.
         corpus: registry name or path.
         pairs: (K, V) cache types.
-        baseline: the pair that ΔPPL is taken against; must be among the pairs.
+        against: the pair that ΔPPL is taken against in place of f16:f16; measured too if it is not among
+            the pairs. Older files call it `baseline`.
+        reference: False: nothing is added for a comparison and no ΔPPL is shown.
         metrics: what to measure; "kld" also yields perplexity.
         ctx: context lengths in tokens.
         chunks: chunks of `ctx` tokens, from the start of the corpus.
@@ -84,15 +79,16 @@ class SweepSpec(_Strict):
     models: tuple[str, ...] = ("smollm2-135m",)
     corpus: str = "default"
     pairs: tuple[tuple[str, str], ...]
-    baseline: tuple[str, str] = ("f16", "f16")
+    against: tuple[str, str] | None = None
+    reference: bool = True
     metrics: tuple[Metric, ...] = ("ppl",)
-    ctx: tuple[int, ...] = (512,)
-    chunks: int = Field(default=8, ge=1)
-    ubatch: int = Field(default=512, ge=1)
+    ctx: tuple[n.Context, ...] = Field(default=(512,), min_length=1)
+    chunks: n.Count = 8
+    ubatch: n.Tokens = 512
     backend: Backend = "cpu"
     anchor: tuple[str, ...] | None = None
-    threads: int | None = Field(None, ge=1)
-    timeout: float | None = Field(None, gt=0)
+    threads: n.Threads | None = None
+    timeout: n.Seconds | None = None
     decode: DecodeSpec = DecodeSpec()
     greedy: GreedySpec = GreedySpec()
     needle: NeedleSpec = NeedleSpec()
@@ -112,26 +108,14 @@ class SweepSpec(_Strict):
             if data.get(key) is not None:
                 data[key] = _as_list(data[key])
         data["pairs"] = _pairs(data.pop("pairs", None), data.pop("k", None), data.pop("v", None))
-        if "baseline" in data:
-            data["baseline"] = _pair(data["baseline"])
-        elif data["pairs"] and ("f16", "f16") not in data["pairs"]:
-            # Without f16 in the sweep the most precise thing in it is the first pair.
-            data["baseline"] = data["pairs"][0]
-        return data
-
-    @field_validator("ctx")
-    @classmethod
-    def _contexts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or any(c < 16 for c in value):
-            raise ValueError("a context must be at least 16 tokens")
-        return value
+        return _with_against(data)
 
     @model_validator(mode="after")
     def _whole(self) -> SweepSpec:
         if not self.pairs:
             raise ValueError('no K/V pairs; give pairs = ["q8_0:turbo3"] or k and v')
-        if self.baseline not in self.pairs:
-            raise ValueError(f"the baseline {self.baseline[0]}:{self.baseline[1]} is not among the pairs")
+        if self.against and not self.reference:
+            raise ValueError("against names a reference, and reference = false wants none")
         return self
 
 
@@ -143,7 +127,7 @@ class Check(_Strict):
         model: pattern on the model's name.
         anchor: pattern on the anchor asked for.
         max_ppl, max_delta_pct, max_kld, min_same_top_pct, max_decode_pct: bounds on a number.
-        baseline: pair that max_delta_pct compares with; None: the sweep's.
+        against: pair that max_delta_pct compares with; None: the sweep's. Older files call it `baseline`.
         must_fail: turns the check round: at least one bound must be broken, by a number.
         status: the status that is expected instead of a number, e.g. "nan".
     """
@@ -152,12 +136,12 @@ class Check(_Strict):
     name: str = ""
     model: str = "*"
     anchor: str = "*"
-    baseline: tuple[str, str] | None = None
-    max_ppl: float | None = None
-    max_delta_pct: float | None = None
-    max_kld: float | None = None
-    min_same_top_pct: float | None = None
-    max_decode_pct: float | None = None
+    against: tuple[str, str] | None = None
+    max_ppl: n.Perplexity | None = None
+    max_delta_pct: n.Percent | None = None
+    max_kld: n.Nats | None = None
+    min_same_top_pct: n.SharePct | None = None
+    max_decode_pct: n.PositivePercent | None = None
     must_fail: bool = False
     status: str | None = None
 
@@ -171,9 +155,7 @@ class Check(_Strict):
             data["pairs"] = [data.pop("pair")]
         if "pairs" in data:
             data["pairs"] = [_pattern(p) for p in _as_list(data["pairs"])]
-        if data.get("baseline") is not None:
-            data["baseline"] = _pair(data["baseline"])
-        return data
+        return _with_against(data)
 
     @model_validator(mode="after")
     def _bounded(self) -> Check:
@@ -186,7 +168,7 @@ class Check(_Strict):
     def bounds(self) -> dict[str, float]:
         """The bounds given, by field name."""
         names = ("max_ppl", "max_delta_pct", "max_kld", "min_same_top_pct", "max_decode_pct")
-        return {n: x for n in names if (x := getattr(self, n)) is not None}
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 
 class GateSpec(_Strict):
@@ -196,11 +178,31 @@ class GateSpec(_Strict):
     check: tuple[Check, ...] = Field(min_length=1)
 
 
-def _pattern(text: Any) -> str:
-    if not isinstance(text, str):
+def _pattern(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no K:V pattern")
+    text = value.replace("/", ":")
+    text = text if ":" in text else f"{text}:{text}"
+    sides = text.split(":")
+    if len(sides) != 2:
         raise ValueError(f"{text!r} is no K:V pattern")
-    text = text.replace("/", ":")
-    return text if ":" in text else f"{text}:{text}"
+    for side in sides:
+        if not any(letter in side for letter in "*?["):
+            cache_type(side)  # a name that no type has would match nothing, for ever
+        elif not any(fnmatchcase(name, side) for name in known_types()):
+            raise ValueError(f"no cache type is like {side!r}; known are {', '.join(known_types())}")
+    return text
+
+
+def _with_against(data: dict[str, Any]) -> dict[str, Any]:
+    """`against` as a pair, from the key's older name too."""
+    if "baseline" in data:
+        if "against" in data:
+            raise ValueError("give against or baseline, not both")
+        data["against"] = data.pop("baseline")
+    if data.get("against") is not None:
+        data["against"] = _pair(data["against"])
+    return data
 
 
 def _pair(value: Any) -> tuple[str, str]:
@@ -251,8 +253,14 @@ def sweep_spec(data: dict[str, Any], source: str) -> SweepSpec:
 def load_sweep_data(path: Path) -> dict[str, Any]:
     """The sweep part of a config file, unvalidated: a gate's [sweep] table or the whole file."""
     data = read_toml(path)
-    if "check" in data and "sweep" in data:
-        return dict(data["sweep"])
+    inner = data.get("sweep")
+    if isinstance(inner, dict):  # a gate's file, its checks perhaps still to be written
+        beside = [key for key in data if key not in ("sweep", "check")]
+        if beside:
+            raise UsageError(f"{path}: {beside[0]!r} stands outside of [sweep]", "move it below [sweep]")
+        return {"name": path.stem} | inner
+    if "check" in data:
+        raise UsageError(f"{path} has [[check]] but no [sweep]", "put what is measured below [sweep]")
     data.setdefault("name", path.stem)
     return data
 
@@ -267,6 +275,8 @@ def load_gate(path: Path, *, backend: str | None = None) -> GateSpec:
         UsageError: anything wrong in it.
     """
     data = read_toml(path)
+    if "check" in data and "sweep" not in data:
+        raise UsageError(f"config {path} has no [sweep]", "put what is measured below [sweep]")
     if "check" not in data:
         raise UsageError(f"config {path} has no [[check]]", "add one, as in configs/gates.toml")
     if isinstance(data.get("sweep"), dict):
@@ -296,7 +306,7 @@ def _validated(model: type[_M], data: dict[str, Any], source: str) -> _M:
         raise UsageError(f"{source}: {error.message}", error.next_step) from None
 
 
-_ALIASES = {SweepSpec: ("model", "metric", "k", "v"), Check: ("pair",)}
+_ALIASES = {SweepSpec: ("model", "metric", "k", "v", "baseline"), Check: ("pair", "baseline")}
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

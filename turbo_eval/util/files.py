@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.util.paths import cache_dir
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -90,6 +90,12 @@ def writing(path: Path) -> Iterator[None]:
             raise EnvironmentProblem(
                 f"{path} is not writable: {error.strerror}", "fix its permissions or use --results"
             ) from None
+        if error.errno == errno.ENOENT:
+            raise UsageError(f"the folder of {path} does not exist", "make it first") from None
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise UsageError(f"{path} cannot be a folder, a file is in the way", "name another") from None
+        if error.errno == errno.EISDIR:
+            raise UsageError(f"{path} is a folder", "name a file") from None
         raise
 
 

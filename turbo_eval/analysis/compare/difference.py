@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbo_eval.analysis.compare.match import Entry, facts
+from turbo_eval.analysis.statistics import chunk_error, delta_pct, normal_p, student_p, unpaired_error
 from turbo_eval.bench.run import BenchRecord
 from turbo_eval.records.record import Record
 
@@ -97,7 +98,7 @@ def differences(a: Record, b: Record) -> list[Difference]:
         found.append(made("PPL", a=a.ppl, b=b.ppl, delta=delta, error=error, paired=paired, p=p))
     for what, x, y, x_err, y_err in _others(a, b):
         error = math.hypot(x_err, y_err) if x_err is not None and y_err is not None else None
-        p = 1.0 if x == y else _normal_p((y - x) / error) if error else 0.0
+        p = 1.0 if x == y else normal_p((y - x) / error) if error else 0.0
         found.append(made(what, a=x, b=y, delta=y - x, error=error, p=p))
     return found
 
@@ -143,7 +144,7 @@ def _welch(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | None
     if u + w == 0:
         return 0.0, 0.0
     freedom = (u + w) ** 2 / (u**2 / (len(x) - 1) + w**2 / (len(y) - 1))
-    return math.sqrt(u + w), _student_p((y.mean() - x.mean()) / math.sqrt(u + w), freedom)
+    return math.sqrt(u + w), student_p((y.mean() - x.mean()) / math.sqrt(u + w), freedom)
 
 
 _Other = tuple[str, float, float, float | None, float | None]
@@ -157,7 +158,7 @@ def _others(a: Record, b: Record) -> list[_Other]:
         found.append(("KLD", x.mean, y.mean, x.mean_err, y.mean_err))
         found.append(("same top %", x.same_top_pct, y.same_top_pct, x.same_top_pct_err, y.same_top_pct_err))
     if a.greedy and b.greedy:
-        tokens = a.greedy.prompts * a.greedy.tokens
+        tokens = a.greedy.tokens  # of all prompts together
         found.append(_shares("greedy same %", a.greedy.agree_pct, b.greedy.agree_pct, tokens))
     if a.needle and b.needle:
         x_pct, y_pct = (100 * n.hits / max(1, n.probes) for n in (a.needle, b.needle))
@@ -184,35 +185,13 @@ def _ppl_difference(a: Record, b: Record) -> tuple[float, float | None, bool, fl
     assert a.ppl and b.ppl
     if a.ppl == b.ppl:
         return 0.0, 0.0, True, 1.0
-    delta = math.log(b.ppl / a.ppl)
-    percent = 100 * math.expm1(delta)
-    unpaired = math.hypot((a.ppl_err or math.inf) / a.ppl, (b.ppl_err or math.inf) / b.ppl)
-    p = _normal_p(delta / unpaired) if math.isfinite(unpaired) else 1.0
-    error, paired = (100 * unpaired if math.isfinite(unpaired) else None), False
-    n = len(a.running_ppl)
-    if n >= 2 and n == len(b.running_ppl):
-        chunks = _chunk_nll(b) - _chunk_nll(a)
-        standard = float(chunks.std(ddof=1)) / math.sqrt(n)
-        error, paired = 100 * standard, True
-        p = min(p, _student_p(delta / standard, n - 1) if standard else 0.0)
-    return percent, error, paired, p
-
-
-def _chunk_nll(record: Record) -> NDArray[np.float64]:
-    """Mean negative log likelihood of each chunk, in nats, out of the running perplexity."""
-    sums = np.log(np.array(record.running_ppl)) * np.arange(1, len(record.running_ppl) + 1)
-    return np.diff(sums, prepend=0.0)
-
-
-def _normal_p(z: float) -> float:
-    return math.erfc(abs(z) / math.sqrt(2))
-
-
-def _student_p(t: float, df: float) -> float:
-    """Two-sided, by the trapezoid rule over the angle, where the density is smooth and bounded."""
-    if df > 1000:
-        return _normal_p(t)
-    angle = np.linspace(math.atan(abs(t) / math.sqrt(df)), math.pi / 2, 20_001)
-    density = np.cos(angle) ** (df - 1)
-    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return min(1.0, float(2 * norm * np.trapezoid(density, angle)))
+    ratio = b.ppl / a.ppl
+    delta = math.log(ratio)
+    unpaired = unpaired_error(a, b)
+    p = normal_p(delta / unpaired) if unpaired else 1.0
+    error, paired = (None if unpaired is None else 100 * ratio * unpaired), False
+    by_chunk = chunk_error(b, a)
+    if by_chunk is not None:
+        error, paired = 100 * ratio * by_chunk, True
+        p = min(p, student_p(delta / by_chunk, len(a.running_ppl) - 1) if by_chunk else 0.0)
+    return delta_pct(b.ppl, a.ppl), error, paired, p

@@ -54,6 +54,7 @@ def facts(entry: Entry) -> dict[str, str]:
         "model": cell.model_sha256,
         "model name": cell.model,
         "corpus": cell.corpus_sha256,
+        "corpus name": cell.corpus.split("/")[-1],
         "ctx": str(cell.ctx),
         "chunks": str(cell.chunks),
         "options": json.dumps(cell.options, sort_keys=True),
@@ -207,6 +208,9 @@ def _by_identity(
 
 def _missing(here: dict[Identity, _E], there: dict[Identity, _E]) -> tuple[str, ...]:
     lacking = [facts(entry) for identity, entry in here.items() if identity not in there]
-    return tuple(
-        dict.fromkeys(f"{f['model name']} {f['k']}:{f['v']} {f['metric']} -c {f['ctx']}" for f in lacking)
-    )
+    return tuple(dict.fromkeys(_in_words(f) for f in lacking))
+
+
+def _in_words(f: dict[str, str]) -> str:
+    text = f", {f['chunks']} chunks of {f['corpus name']}" if "corpus name" in f else ""
+    return f"{f['model name']} {f['k']}:{f['v']} {f['metric']} -c {f['ctx']}{text}"

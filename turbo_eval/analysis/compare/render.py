@@ -8,12 +8,15 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from turbo_eval.analysis.compare import Comparison, Difference
+from turbo_eval.analysis.compare.match import facts
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-_COLUMNS = ("model", "ctx", "K:V", "metric", "A", "B", "difference", "chance", "verdict")
-_SHARED = ("model", "ctx")  # said once where all rows agree
+# Said once where all rows agree: what else would make two rows read alike.
+_SHARED = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "environment", "threads", "build")
+_COLUMNS = (*_SHARED, "K:V", "metric", "A", "B", "difference", "chance", "verdict")
+_AS_RECORDED = {"corpus": "corpus name", "environment": "env", "build": "tree"}
 
 
 def _number(what: str, value: float | None) -> str:
@@ -45,7 +48,19 @@ def _line(d: Difference, differs: bool) -> list[str]:
     ]
     failed = d.status_a == d.status_b != "ok"
     verdict = "differs" if differs else "fails on both" if failed else _agreement(d)
-    return [d.model, d.ctx, d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
+    own = {"model": d.model, "ctx": d.ctx}
+    told = [own.get(name) or _both(d, _AS_RECORDED.get(name, name)) for name in _SHARED]
+    return [*told, d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
+
+
+def _both(d: Difference, name: str) -> str:
+    """What A and B have of a field; "a→b" where it differs."""
+    values = [facts(entry).get(name, "") for entry in (d.of_a, d.of_b)]
+    if name == "env":
+        values = [" ".join(f"{k}={v}" for k, v in json.loads(text or "{}").items()) or "–" for text in values]
+    elif name == "tree":
+        values = [value[:12] for value in values]
+    return "→".join(dict.fromkeys(values)) or "–"
 
 
 def _agreement(d: Difference) -> str:
@@ -64,7 +79,8 @@ def _table(result: Comparison) -> tuple[str, list[str], list[list[str]]]:
     for name in _SHARED:
         at = _COLUMNS.index(name)
         if len({line[at] for line in lines}) == 1:
-            shared.append(f"{name} {lines[0][at]}")
+            if lines[0][at] != "–":
+                shared.append(f"{name} {lines[0][at]}")
             keep.remove(at)
     return ", ".join(shared), [_COLUMNS[n] for n in keep], [[line[n] for n in keep] for line in lines]
 
@@ -86,7 +102,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 def render_markdown(result: Comparison) -> str:
     """Fit for an issue."""
     shared, columns, lines = _table(result)
-    sides = f"**A** = `{result.a.name}`, **B** = `{result.b.name}`"
+    sides = f"**A** = `{result.a.name}`, **B** = `{result.b.name}`, compared with A"
     text = [sides + (f"; {shared}" if shared else ""), "", result.diagnosis, ""]
     text += _markdown_table(columns, lines)
     if result.provenance:
@@ -114,7 +130,7 @@ def render_rich(result: Comparison) -> Group:
     numbers = table(columns)
     for line in lines:
         numbers.add_row(*line, style="red" if line[-1] == "differs" else None)
-    head = f"A = {result.a.name}\nB = {result.b.name}\n{shared}"
+    head = f"A = {result.a.name}\nB = {result.b.name}, compared with A\n{shared}"
     parts: list[Table | Text] = [Text(head, style="dim"), numbers]
     if result.provenance:
         recorded = table(("recorded", "A", "B"))
@@ -131,7 +147,9 @@ def render_json(result: Comparison) -> str:
     def row(d: Difference) -> dict[str, object]:
         flat = {f.name: getattr(d, f.name) for f in fields(d) if f.name not in ("of_a", "of_b")}
         keys = {"key_a": d.of_a.key, "key_b": d.of_b.key}
-        return {"model": d.model, "ctx": d.ctx, "k": d.k, "v": d.v} | flat | keys
+        own = {"model": d.model, "ctx": d.ctx, "k": d.k, "v": d.v}
+        own |= {name: _both(d, _AS_RECORDED.get(name, name)) for name in _SHARED if name not in own}
+        return own | flat | keys
 
     data = {
         "a": result.a.name,

@@ -26,6 +26,7 @@ from turbo_eval.llama.backends import backend as find_backend
 from turbo_eval.llama.backends import first_here
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect, machine
+from turbo_eval.metrics.job import Job
 from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.store import Store
@@ -46,7 +47,6 @@ from turbo_eval.scale.wire import (
 )
 from turbo_eval.scale.worker.content import Content, RefusedError
 from turbo_eval.scale.worker.tree import matching_build
-from turbo_eval.sweep.plan import Job
 from turbo_eval.sweep.run import measurer
 from turbo_eval.util.process import relevant_environment
 

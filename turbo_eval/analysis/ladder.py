@@ -1,0 +1,147 @@
+"""Measures what a recommendation lacks, the cheapest pair first, until one is certainly within."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turbo_eval.analysis.recommend import Bound, best, recommend, shape_mib
+from turbo_eval.analysis.summary import Summary, summarize
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.inputs.models import ModelFile
+from turbo_eval.llama.build import Build
+from turbo_eval.llama.tool import capabilities
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.record import Record
+from turbo_eval.records.reference import References
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import Plan, estimate_seconds, make_plan
+from turbo_eval.sweep.progress import live
+from turbo_eval.sweep.run import run_sweep
+from turbo_eval.sweep.spec import sweep_spec
+
+Pair = tuple[str, str]
+# A cheap K costs more quality than a cheap V, so K is never the smaller one.
+LADDER: tuple[Pair, ...] = (
+    ("turbo3", "turbo3"),
+    ("turbo4", "turbo3"),
+    ("turbo4", "turbo4"),
+    ("q4_0", "q4_0"),
+    ("q8_0", "turbo3"),
+    ("q8_0", "turbo4"),
+    ("q8_0", "q8_0"),
+    ("f16", "f16"),
+)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is measured where something is missing: text, chunks, context, and how."""
+
+    model: ModelFile
+    name: str  # as the user gave it
+    corpus: str
+    chunks: int
+    ctx: int
+    threads: int | None
+    kld: bool
+
+
+class Ladder:
+    """Measures pair after pair.
+
+    Args:
+        matches: which records count.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        build: Build,
+        provenance: Provenance,
+        store: Store,
+        matches: Callable[[Record], bool],
+    ) -> None:
+        self.wish, self.build, self.provenance, self.store = wish, build, provenance, store
+        self._matches = matches
+
+    def rows(self) -> list[Summary]:
+        """What is on record."""
+        known = [record for record in self.store.all() if self._matches(record)]
+        return summarize(known, references=References.in_store(self.store))
+
+    def pairs(self) -> list[Pair]:
+        """The pairs that build and model can run, the cheapest first."""
+        known, info = capabilities(self.build).cache_types, self.wish.model.gguf
+        return [
+            (k, v)
+            for k, v in LADDER
+            if {k, v} <= known
+            and not (info.head_dim_k and info.head_dim_k % cache_type(k).block)
+            and not (info.head_dim_v and info.head_dim_v % cache_type(v).block)
+        ]
+
+    def missing(self, rows: Sequence[Summary], ctx: int, bound: Bound) -> list[Pair]:
+        """Pairs without a figure that are smaller than the best that is certain: larger ones cannot win."""
+        info = self.wish.model.gguf
+        good = best(recommend(rows, info, ctx, bound))
+        limit = min((c.memory_mib for c in good), default=float("inf"))
+        have = {
+            (r.k, r.v)
+            for r in rows
+            if r.status != "ok"
+            or (
+                (bound.max_kld is None or r.get("kld"))
+                and (bound.max_delta_ppl is None or r.delta is not None)
+            )
+        }
+        fits = float("inf") if bound.memory_gib is None else bound.memory_gib * 1024
+        sizes = {pair: shape_mib(pair, info, ctx) for pair in self.pairs()}
+        return [p for p, size in sizes.items() if p not in have and size < limit and size <= fits]
+
+    def climb(self, ctx: int, bound: Bound) -> list[Summary]:
+        """Measure what is missing until the cheapest pair within the bound is certain; returns all rows."""
+        rows = self.rows()
+        missing = self.missing(rows, ctx, bound)
+        if missing:
+            self._announce(missing)
+        tried: set[Pair] = set()
+        while missing := [p for p in self.missing(rows, ctx, bound) if p not in tried]:
+            tried.add(missing[0])
+            plan = self._plan([missing[0]])
+            with live(plan) as reporter:
+                run_sweep(plan, self.provenance, self.store, reporter)
+            rows = self.rows()
+        return rows
+
+    def _plan(self, pairs: Sequence[Pair]) -> Plan:
+        wish = self.wish
+        data: dict[str, Any] = {
+            "model": wish.name,
+            "corpus": wish.corpus,
+            "pairs": [f"{k}:{v}" for k, v in pairs],
+            "chunks": wish.chunks,
+            "ctx": wish.ctx,
+            "backend": self.build.backend,
+            "metrics": ["kld"] if wish.kld else ["ppl"],
+        }
+        if wish.threads is not None:
+            data["threads"] = wish.threads
+        return make_plan(sweep_spec(data, "recommend"), self.build)
+
+    def _announce(self, pairs: Sequence[Pair]) -> None:
+        plan = self._plan(pairs)
+        known = self.store.all()
+        have = {record.key for record in known if record.ok}
+        plan = replace(plan, jobs=tuple(job for job in plan.jobs if job.cell.key() not in have))
+        seconds = sum(estimate_seconds(job, known, plan.threads) for job in plan.jobs)
+        names = ", ".join(f"{k}/{v}" for k, v in pairs)
+        wish = self.wish
+        print(
+            f"turbo-eval: not on record: {names}; measuring on {wish.chunks} chunks of {wish.ctx} tokens,"
+            f" the smallest first, until one is certainly within the bound: {len(plan.jobs)} cells at most,"
+            f" roughly {max(seconds / 60, 0.1):.1f} min (--no-measure leaves it at what is on record)",
+            file=sys.stderr,
+        )

@@ -1,0 +1,196 @@
+"""Records → rows: what is on record for a pair in one setting, compared with its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turbo_eval.analysis.statistics import Delta, delta_ppl
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.records.record import Record
+from turbo_eval.records.reference import EXACT, Pair, References, serves
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that is on record for one pair in one setting: a row of the table.
+
+    `delta_pct` is against `reference` (see `turbo_eval.records.reference`); None without one: no reference,
+    no verdict. `delta_err_pct` is its standard error where both ran the same tokens or chunks. `against` is
+    the name of the pair compared with, "" if no comparison was wanted. `compression` is f16 size / this size,
+    `status` "ok" or the first failure among the pair's cells.
+    """
+
+    machine: str
+    model: str
+    corpus: str
+    ctx: int
+    chunks: int
+    backend: str
+    anchor: str
+    tree: str
+    k: str
+    v: str
+    records: tuple[Record, ...]
+    ppl: float | None
+    ppl_err: float | None
+    delta: Delta | None
+    against: str
+    reference: Record | None
+    status: str
+    detail: str
+
+    @property
+    def delta_pct(self) -> float | None:
+        return self.delta.pct if self.delta else None
+
+    @property
+    def delta_err_pct(self) -> float | None:
+        """None for the reference itself, whose difference from itself has no error."""
+        return self.delta.err_pct if self.delta and self.delta.paired and not self.is_reference else None
+
+    @property
+    def is_reference(self) -> bool:
+        """Is this the pair that the others are compared with?"""
+        return f"{self.k}/{self.v}" == self.against and self.delta is not None
+
+    @property
+    def bpv_k(self) -> float:
+        return next((r.bpv_k for r in self.records if r.effective.k_bits), cache_type(self.k).bpv)
+
+    @property
+    def bpv_v(self) -> float:
+        return cache_type(self.v).bpv
+
+    @property
+    def bpv(self) -> float:
+        """Mean bits per value of K and V."""
+        return (self.bpv_k + self.bpv_v) / 2
+
+    @property
+    def kv_mib(self) -> float | None:
+        """MiB of the cell's context; generation has contexts of its own and doesn't count."""
+        sized = (r for r in self.records if r.ok and r.cell.metric not in ("greedy", "needle"))
+        return next((r.effective.kv_mib for r in sized if r.effective.kv_mib), None)
+
+    @property
+    def compression(self) -> float:
+        return 16.0 / self.bpv
+
+    def get(self, metric: str) -> Record | None:
+        """The pair's good record of a metric."""
+        return next((r for r in self.records if r.ok and r.cell.metric == metric), None)
+
+
+def setting(record: Record) -> tuple[str, ...]:
+    """What the rows of one table share: machine, model, text, build, anchor, context."""
+    return (record.machine, record.cell.batched("ppl").text_key())
+
+
+def summarize(
+    records: Sequence[Record],
+    against: Pair | None = None,
+    *,
+    references: References | None = None,
+) -> list[Summary]:
+    """Group records by setting and pair and compare each with its reference.
+
+    Args:
+        against: the pair to compare with, where somebody named one; None: f16/f16.
+        references: where references are looked up; None: among the records themselves.
+    """
+    references = references or References.among(records, against)
+    settings: dict[tuple[str, ...], dict[Pair, list[Record]]] = {}
+    for record in records:
+        pair = (record.cell.k, record.cell.v)
+        settings.setdefault(setting(record), {}).setdefault(pair, []).append(record)
+    rows: list[Summary] = []
+    for pairs in settings.values():
+        for pair, group in sorted(pairs.items(), key=lambda item: _rank(item[0], references.pair)):
+            rows.append(_summary(*pair, group, references))
+    return rows
+
+
+def _rank(pair: Pair, base: Pair | None) -> tuple[bool, float, float]:
+    """The baseline first, then from many bits to few."""
+    k, v = cache_type(pair[0]).bpv, cache_type(pair[1]).bpv
+    return pair != base, -(k + v), -k
+
+
+def _ppl(group: Sequence[Record]) -> Record | None:
+    """The record that gives a pair's perplexity: a plain run, else a KL run."""
+    for metric in ("ppl", "kld"):
+        for record in group:
+            if record.ok and record.cell.metric == metric and record.ppl is not None:
+                return record
+    return None
+
+
+def _summary(k: str, v: str, group: list[Record], references: References) -> Summary:
+    best = _ppl(group)
+    reference = references.of(best or group[0])
+    delta = None
+    if best is not None and reference is not None:
+        exact = references.pair == EXACT
+        # compared with itself it is no comparison, whichever of its runs is the preferred one
+        own = best if (k, v) == references.pair and serves(best) == exact else reference
+        delta = delta_ppl(best, own, _paired_error(group) if exact else None)
+    failed = next((r for r in group if not r.ok), None)
+    first = best or group[0]
+    text = next((r for r in group if r.cell.metric in ("ppl", "kld")), first)
+    return Summary(
+        machine=first.machine,
+        model=first.cell.model,
+        corpus=first.cell.corpus,
+        ctx=first.cell.ctx,
+        chunks=text.cell.chunks,
+        backend=first.cell.backend,
+        anchor=first.cell.anchor,
+        tree=first.cell.tree,
+        k=k,
+        v=v,
+        records=tuple(group),
+        ppl=best.ppl if best else None,
+        ppl_err=best.ppl_err if best else None,
+        delta=delta,
+        against=references.name if references.wanted else "",
+        reference=reference,
+        status=failed.status if failed else "ok",
+        detail=failed.detail if failed else "",
+    )
+
+
+def by_setting(rows: Sequence[Summary]) -> list[tuple[tuple[str, ...], list[Summary]]]:
+    """Rows that may be compared with one another, together."""
+    groups: dict[tuple[str, ...], list[Summary]] = {}
+    for row in rows:
+        groups.setdefault(setting(row.records[0]), []).append(row)
+    return list(groups.items())
+
+
+def _paired_error(group: list[Record]) -> float | None:
+    """Standard error of PPL / PPL(f16) over the same tokens, as a KL run prints it."""
+    kld = next((r.kld for r in group if r.ok and r.kld is not None), None)
+    return kld.ratio_err if kld is not None else None
+
+
+def environment(row: Summary) -> str:
+    """The GGML_* and LLAMA_* variables that were in force, "" for none."""
+    return " ".join(f"{name}={value}" for name, value in row.records[0].cell.env.items())
+
+
+def threads(row: Summary) -> str:
+    """The threads of the row's runs."""
+    return "/".join(dict.fromkeys(str(r.run.threads) for r in row.records))
+
+
+def said_of_reference(rows: Sequence[Summary]) -> str:
+    """What the rows' ΔPPL is against, or why there is none: no table goes without it."""
+    name = rows[0].against
+    if not name:
+        return "no reference was wanted: no ΔPPL"
+    if all(row.reference is None for row in rows):
+        return f"no ΔPPL: its reference {name} is not on record"
+    anchors = {row.reference.cell.anchor for row in rows if row.reference is not None}
+    off = ", anchor off" if name == "f16/f16" else f", anchor {'/'.join(sorted(anchors))}"
+    return f"ΔPPL against {name}{off}"
