@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,17 @@ def test_an_edit_of_the_sources_is_said(place: World, own: toys.Toy, command: st
     assert "was changed since the cpu build" in err and "make build-cpu" in err, err
     assert code == (3 if command == "gate" else 0)
     assert command != "gate" or "stale" in err
+
+
+def test_an_edit_within_the_second_of_the_checkout_is_seen(tmp_path: Path) -> None:
+    """Of the same length, so that only the content tells."""
+    toys.run("git", "init", "--quiet", cwd=tmp_path)
+    (tmp_path / "add.c").write_text("a + b")
+    toys.run("git", "add", "--all", cwd=tmp_path)
+    before = working_tree_hash(tmp_path)
+    (tmp_path / "add.c").write_text("b + a")
+    time.sleep(1.1)
+    assert working_tree_hash(tmp_path) != before
 
 
 def test_doctor_says_what_an_edit_is(place: World, own: toys.Toy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,8 @@ def working_tree_hash(repo: Path, *, without: Sequence[str] = ()) -> str:
     index = index if index.is_absolute() else repo / index
     scratch = index.with_name(f"index.turbo-eval.{os.getpid()}")
     try:
-        scratch.write_bytes(index.read_bytes())
+        # With its time: by that git knows which files may have changed within the second of the checkout.
+        shutil.copy2(index, scratch)
         env = {"GIT_INDEX_FILE": str(scratch)}
         git("add", "--all", cwd=repo, env=env)
         if without:
