@@ -9,7 +9,9 @@ import pytest
 
 from tests.support.records import make_cell, make_record
 from turbo_eval.errors import IncompleteError
+from turbo_eval.formats.window import OFF
 from turbo_eval.records.record import Cell, read_record
+from turbo_eval.records.reference import exact_cell
 from turbo_eval.records.store import Store
 
 # What may move a number, and another value for it.
@@ -26,6 +28,8 @@ COUNTS: dict[str, object] = {
     "flash_attn": False,
     "anchor": "auto",
     "anchor_sha256": "3" * 64,
+    "recent": 128,
+    "first": 4,
     "backend": "cuda",
     "tree": "b" * 40,
     "env": {"GGML_X": "1"},
@@ -46,6 +50,19 @@ def test_the_key_hashes_all_that_counts_and_nothing_else() -> None:
 def test_the_key_is_frozen() -> None:
     """A change here orphans every record there is: migrate them or think again."""
     assert make_cell().key() == "2577e2aee4a084d4"
+
+
+def test_an_old_record_has_no_window_and_keeps_its_key() -> None:
+    old = make_cell().model_dump(mode="json", exclude={"recent", "first"})
+    assert Cell.model_validate(old).window == OFF
+    assert Cell.model_validate(old).key() == make_cell().key()
+
+
+def test_a_window_is_another_row_of_the_same_table() -> None:
+    plain, windowed = make_cell("turbo3:turbo3"), make_cell("turbo3:turbo3", recent=128, first=4)
+    assert plain.key() != windowed.key()
+    assert plain.text_key() == windowed.text_key()
+    assert exact_cell(windowed) == exact_cell(plain)
 
 
 def test_an_anchor_file_counts_by_content() -> None:

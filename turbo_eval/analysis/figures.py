@@ -84,7 +84,7 @@ def pareto_figure(rows: Sequence[Summary]) -> Figure | None:
     for row, value in points:
         on_front = row in front
         axes.plot(row.bpv, value, "o" if on_front else "x", color="#2563eb" if on_front else "#9a6700")
-        label = f"{row.k}/{row.v}"
+        label = row.name
         axes.annotate(label, (row.bpv, value), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
     line = [(row.bpv, value) for row, value in points if row in front]
     line.sort()

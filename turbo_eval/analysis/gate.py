@@ -87,7 +87,7 @@ def _collect(plan: Plan, store: Store, result: GateResult) -> None:
         if record is not None:
             result.records.append(record)
             continue
-        what = f"{job.cell.model} {job.cell.pair()} {job.cell.metric}"
+        what = f"{job.cell.model} {job.cell.named()} {job.cell.metric}"
         old = others.get(job.cell.key_any_tree())
         damaged = store.unreadable(job.cell)
         if damaged is not None:
@@ -123,7 +123,7 @@ def _unexpected_failures(spec: GateSpec, result: GateResult) -> None:
     for row in result.rows:
         if row.status == "ok" or any(_matches(c, row) and c.status == row.status for c in expected):
             continue
-        result.incomplete.append(f"{row.model} {row.k}:{row.v}: {row.status}, {row.detail}.")
+        result.incomplete.append(f"{row.model} {row.name.replace('/', ':', 1)}: {row.status}, {row.detail}.")
 
 
 def _run_check(check: Check, spec: GateSpec, rows: Sequence[Summary], result: GateResult) -> None:
@@ -141,11 +141,12 @@ def _matches(check: Check, row: Summary) -> bool:
         any(fnmatchcase(pair, pattern) for pattern in check.pairs)
         and fnmatchcase(row.model, check.model)
         and fnmatchcase(row.anchor, check.anchor)
+        and check.recent in (None, row.window.recent)
     )
 
 
 def _judge(check: Check, spec: GateSpec, row: Summary, result: GateResult) -> None:
-    label = f"{row.model} {row.k}:{row.v}"
+    label = f"{row.model} {row.name.replace('/', ':', 1)}"
     if row.anchor not in ("auto", "off") or len({*(spec.sweep.anchor or ())}) > 1:
         label += f" (anchor {row.anchor})"
     if check.name:

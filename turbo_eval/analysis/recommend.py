@@ -50,9 +50,9 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """ "K/V", with the anchor where it is not the build's own choice."""
+        """ "K/V" and its exact window, with the anchor where it is not the build's own choice."""
         anchor = self.row.anchor
-        return f"{self.row.k}/{self.row.v}" + (f" (anchor {anchor})" if _anchor(self.row) not in _OWN else "")
+        return self.row.name + (f" (anchor {anchor})" if _anchor(self.row) not in _OWN else "")
 
     def figures(self) -> str:
         """Its quality in words, with its error."""
@@ -120,9 +120,9 @@ def recommend(rows: Sequence[Summary], info: GgufInfo, ctx: int, bound: Bound) -
     Args:
         rows: of any number of settings of one model, build and machine.
     """
-    groups: dict[tuple[str, str, str], list[Summary]] = {}
+    groups: dict[tuple[str, str], list[Summary]] = {}
     for row in rows:
-        groups.setdefault((row.k, row.v, _anchor(row)), []).append(row)
+        groups.setdefault((row.name, _anchor(row)), []).append(row)
     found = []
     for group in groups.values():
         row = max(group, key=lambda r: _weight(r, bound))
@@ -207,6 +207,7 @@ def oddities(candidates: Sequence[Candidate]) -> list[str]:
         for b in rows:
             x, y = a.row, b.row
             same = (x.corpus, x.ctx, x.chunks, _anchor(x)) == (y.corpus, y.ctx, y.chunks, _anchor(y))
+            same = same and x.window == y.window
             more = x.bpv_k >= y.bpv_k and x.bpv_v >= y.bpv_v and x.bpv > y.bpv
             assert x.delta is not None and y.delta is not None
             gap = x.delta.pct - y.delta.pct

@@ -98,7 +98,7 @@ def verdict(rows: Sequence[Summary]) -> list[str]:
             continue
         named.add((best.k, best.v))
         said.append(
-            f"Within {limit:g} % of the perplexity of {against}, {best.k}/{best.v} is the smallest cache:"
+            f"Within {limit:g} % of the perplexity of {against}, {best.name} is the smallest cache:"
             f" {best.bpv:g} bits per value, {best.compression:.1f} times smaller than f16,"
             f" {_delta(best, limit)}."
         )
@@ -112,7 +112,7 @@ def verdict(rows: Sequence[Summary]) -> list[str]:
         )
     broken = [r for r in measured if not figures.usable(r)]
     if broken:
-        names = ", ".join(f"{r.k}/{r.v}" for r in broken)
+        names = ", ".join(r.name for r in broken)
         said.append(f"Unusable here (perplexity more than doubled): {names}.")
     if failed:
         said.append(f"{len(failed)} of {len(rows)} pairs have no number.")
@@ -259,7 +259,7 @@ def _html_setting(number: int, name: str, rows: Sequence[Summary]) -> list[str]:
     figure = figures.pareto_figure(rows)
     if figure is not None:
         front = [r for r in figures.pareto(rows) if r.bpv < 16]
-        names = ", ".join(f"{r.k}/{r.v}" for r in front) or "none that is usable"
+        names = ", ".join(r.name for r in front) or "none that is usable"
         out.append("<h3>Quality against bits per value</h3><figure>")
         out.append(figures.inline_svg(figure, "Loss against bits per value"))
         out.append(

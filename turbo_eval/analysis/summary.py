@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from turbo_eval.analysis.statistics import Delta, delta_ppl
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.window import Window
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT, Pair, References, serves
 
@@ -31,6 +32,7 @@ class Summary:
     tree: str
     k: str
     v: str
+    window: Window
     records: tuple[Record, ...]
     ppl: float | None
     ppl_err: float | None
@@ -52,7 +54,12 @@ class Summary:
     @property
     def is_reference(self) -> bool:
         """Is this the pair that the others are compared with?"""
-        return f"{self.k}/{self.v}" == self.against and self.delta is not None
+        return self.name == self.against and self.delta is not None
+
+    @property
+    def name(self) -> str:
+        """ "K/V", with the exact window if there is one."""
+        return f"{self.k}/{self.v}" + (f" window {self.window}" if self.window else "")
 
     @property
     def bpv_k(self) -> float:
@@ -64,8 +71,9 @@ class Summary:
 
     @property
     def bpv(self) -> float:
-        """Mean bits per value of K and V."""
-        return (self.bpv_k + self.bpv_v) / 2
+        """Mean bits per value of K and V; with an exact window those of the whole cache at its size."""
+        ran = (r.effective.window_bits for r in self.records if r.effective.window_bits)
+        return next(ran, (self.bpv_k + self.bpv_v) / 2)
 
     @property
     def kv_mib(self) -> float | None:
@@ -93,28 +101,32 @@ def summarize(
     *,
     references: References | None = None,
 ) -> list[Summary]:
-    """Group records by setting and pair and compare each with its reference.
+    """Group records by setting, pair and exact window and compare each with its reference.
 
     Args:
         against: the pair to compare with, where somebody named one; None: f16/f16.
         references: where references are looked up; None: among the records themselves.
     """
     references = references or References.among(records, against)
-    settings: dict[tuple[str, ...], dict[Pair, list[Record]]] = {}
+    settings: dict[tuple[str, ...], dict[_Cache, list[Record]]] = {}
     for record in records:
-        pair = (record.cell.k, record.cell.v)
-        settings.setdefault(setting(record), {}).setdefault(pair, []).append(record)
+        cache = (record.cell.k, record.cell.v, record.cell.window)
+        settings.setdefault(setting(record), {}).setdefault(cache, []).append(record)
     rows: list[Summary] = []
-    for pairs in settings.values():
-        for pair, group in sorted(pairs.items(), key=lambda item: _rank(item[0], references.pair)):
-            rows.append(_summary(*pair, group, references))
+    for caches in settings.values():
+        for cache, group in sorted(caches.items(), key=lambda item: _rank(item[0], references.pair)):
+            rows.append(_summary(*cache, group, references))
     return rows
 
 
-def _rank(pair: Pair, base: Pair | None) -> tuple[bool, float, float]:
-    """The baseline first, then from many bits to few."""
-    k, v = cache_type(pair[0]).bpv, cache_type(pair[1]).bpv
-    return pair != base, -(k + v), -k
+_Cache = tuple[str, str, Window]
+
+
+def _rank(cache: _Cache, base: Pair | None) -> tuple[bool, float, float, int, int]:
+    """The baseline first, then from many bits to few, then from a small window to a large one."""
+    k, v, window = cache
+    bits = cache_type(k).bpv, cache_type(v).bpv
+    return (k, v) != base, -sum(bits), -bits[0], window.recent, window.first
 
 
 def _ppl(group: Sequence[Record]) -> Record | None:
@@ -126,7 +138,7 @@ def _ppl(group: Sequence[Record]) -> Record | None:
     return None
 
 
-def _summary(k: str, v: str, group: list[Record], references: References) -> Summary:
+def _summary(k: str, v: str, window: Window, group: list[Record], references: References) -> Summary:
     best = _ppl(group)
     reference = references.of(best or group[0])
     delta = None
@@ -149,6 +161,7 @@ def _summary(k: str, v: str, group: list[Record], references: References) -> Sum
         tree=first.cell.tree,
         k=k,
         v=v,
+        window=window,
         records=tuple(group),
         ppl=best.ppl if best else None,
         ppl_err=best.ppl_err if best else None,

@@ -44,8 +44,10 @@ def _columns(row: Summary) -> dict[str, Any]:
         "anchor": row.anchor,
         "K": row.k,
         "V": row.v,
+        "window": str(row.window) if row.window else None,
         "bpv K": row.bpv_k,
         "bpv V": row.bpv_v,
+        "bpv all": round(row.bpv, 3) if row.window else None,
         "KV MiB": row.kv_mib,
         "× smaller": round(row.compression, 2),
         "PPL": row.ppl,
@@ -115,6 +117,7 @@ _FORMATS = {
     "KV MiB": "{:.2f}",
     "bpv K": "{:g}",
     "bpv V": "{:g}",
+    "bpv all": "{:.2f}",
     "× smaller": "{:.2f}",
 }
 
@@ -141,6 +144,8 @@ def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, l
     for _, line in frame.iterrows():
         texts = {c: format_value(c, line[c]) for c in frame.columns}
         texts["bpv K"] = f"{texts['bpv K']}/{texts['bpv V']}"
+        if texts.get("bpv all", "–") != "–":
+            texts["bpv K"] += f" ({texts['bpv all']})"
         for c in ("PPL", "ΔPPL %", "KLD"):
             if texts.get(f"± {c}", "–") != "–" and f"± {c}" not in without:
                 texts[c] += f" ± {texts[f'± {c}']}"
@@ -164,7 +169,7 @@ _DISPENSABLE = (
     "needle",
     "decode Δ %",
 )
-_JOINED = ("bpv V", "± PPL", "± ΔPPL %", "± KLD")
+_JOINED = ("bpv V", "bpv all", "± PPL", "± ΔPPL %", "± KLD")
 _HEADINGS = {"bpv K": "bpv"}
 
 
@@ -187,11 +192,11 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
         _, columns, lines = for_people(frame, _DISPENSABLE[:end])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        left = column in ("K", "V", "status", *_COMMON)
+        left = column in ("K", "V", "window", "status", *_COMMON)
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*line, style="red" if row.status != "ok" else None)
-    notes = [Text(f"{r.k}/{r.v}: {r.status}: {r.detail}", style="red") for r in rows if r.detail]
+    notes = [Text(f"{r.name}: {r.status}: {r.detail}", style="red") for r in rows if r.detail]
     return Group(Text(caption, style="dim"), table, *notes)
 
 
@@ -199,11 +204,11 @@ def render_markdown(rows: Sequence[Summary]) -> str:
     """The table as GitHub renders it."""
     caption, columns, lines = for_people(to_frame(rows))
     caption += f"; {said_of_reference(rows)}"
-    left = ("K", "V", "status", *_COMMON)
+    left = ("K", "V", "window", "status", *_COMMON)
     text = [caption, "", "| " + " | ".join(columns) + " |"]
     text.append("|" + "|".join(" --- " if c in left else " ---: " for c in columns) + "|")
     text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    notes = [f"- {r.k}/{r.v}: {r.status}: {r.detail}" for r in rows if r.detail]
+    notes = [f"- {r.name}: {r.status}: {r.detail}" for r in rows if r.detail]
     return "\n".join([*text, *(["", *notes] if notes else [])]) + "\n"
 
 

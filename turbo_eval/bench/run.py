@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from turbo_eval.formats.window import OFF, Asked, Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
@@ -26,8 +27,8 @@ from turbo_eval.util.process import child_environment, relevant_environment, run
 
 BENCH_SCHEMA = 1
 
-# What is measured: K, V, and the K anchor (None: the build has none).
-Candidate = tuple[str, str, str | None]
+# What is measured: K, V, the K anchor and the exact window (None: the build has none).
+Candidate = tuple[str, str, str | None, Window | None]
 
 
 class BenchRecord(BaseModel):
@@ -50,6 +51,8 @@ class BenchRecord(BaseModel):
     backend: str
     threads: int
     anchor: str
+    recent: int = 0
+    first: int = 0
     tree: str
     env: dict[str, str]
     status: Status
@@ -97,9 +100,10 @@ def _ratio(ours: Sequence[float], f16: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Pairs × anchors (f16/f16 is measured in any case) over depths; `reps` interleaved rounds.
+    """Pairs × anchors × exact windows over depths, and f16/f16; `reps` interleaved rounds.
 
-    `anchors` holds None alone where the build has no anchor.
+    `anchors` holds None alone where the build has no anchor; `windowed` says whether it has the exact window,
+    whose sizes are `recent` and `first` tokens.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -111,11 +115,21 @@ class BenchPlan:
     backend: str
     anchors: tuple[str | None, ...]
     timeout: float | None = None
+    windowed: bool = False
+    recent: tuple[Asked, ...] = ("auto",)
+    first: Asked = "auto"
 
     def candidates(self) -> list[Candidate]:
         """f16/f16 first, each once."""
-        reference: Candidate = (*EXACT, None if None in self.anchors else "off")
-        others = [(*pair, anchor) for pair in self.pairs if pair != EXACT for anchor in self.anchors]
+        off = OFF if self.windowed else None
+        reference: Candidate = (*EXACT, None if None in self.anchors else "off", off)
+        others: list[Candidate] = [
+            (k, v, anchor, resolve(recent, self.first, k, v) if self.windowed else None)
+            for k, v in self.pairs
+            if (k, v) != EXACT
+            for anchor in self.anchors
+            for recent in self.recent
+        ]
         return list(dict.fromkeys([reference, *others]))
 
 
@@ -171,8 +185,9 @@ def run_bench(
 
 
 def _words(plan: BenchPlan, candidate: Candidate) -> str:
-    k, v, anchor = candidate
-    return f"{k}/{v} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != EXACT else f"{k}/{v}"
+    k, v, anchor, window = candidate
+    words = f"{k}/{v}" + (f" window {window}" if window else "")
+    return f"{words} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != EXACT else words
 
 
 def _speeds(sample: _Sample) -> str:
@@ -191,12 +206,15 @@ def bench_argv(plan: BenchPlan, pair: tuple[str, str], depth: int, model: Path, 
 def _run_once(
     plan: BenchPlan, candidate: Candidate, depth: int, model: ModelFile, build: Build, folder: Path
 ) -> _Sample:
-    k, v, anchor = candidate
+    k, v, anchor, window = candidate
     argv = bench_argv(plan, (k, v), depth, model.path, build)
     env, _ = child_environment()
     if anchor is not None:
         env["LLAMA_ARG_KV_ANCHOR"] = anchor
-    log = folder / "logs" / f"{model.name}.{k}-{v}.d{depth}.log".replace("/", "-")
+    if window is not None:
+        env["LLAMA_ARG_KV_RECENT"], env["LLAMA_ARG_KV_FIRST"] = str(window.recent), str(window.first)
+    wide = f".w{window}" if window else ""
+    log = folder / "logs" / f"{model.name}.{k}-{v}{wide}.d{depth}.log".replace("/", "-")
     outcome = run(argv, log=log, env=env, timeout=plan.timeout)
     effective = output.parse_effective(outcome.text)
     fault = judge.judge_process(outcome, plan.timeout)
@@ -214,6 +232,8 @@ def _run_once(
             batch=0,
             ubatch=0,
             anchor=anchor or "off",
+            recent=window.recent if window else 0,
+            first=window.first if window else 0,
             backend=plan.backend,  # type: ignore[arg-type]
             tree=build.tree,
         )
@@ -254,7 +274,7 @@ def _record(
     build: Build,
     provenance: Provenance,
 ) -> BenchRecord:
-    k, v, anchor = candidate
+    k, v, anchor, window = candidate
     own, exact = samples[candidate], samples[plan.candidates()[0]]
     fault = next((s.fault for s in own if s.fault), None)
     identity = {
@@ -269,6 +289,7 @@ def _record(
         "anchor": anchor or "off",
         "tree": build.tree,
         "env": relevant_environment(),
+        **({"recent": window.recent, "first": window.first} if window else {}),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -293,9 +314,11 @@ def _record(
 
 
 def pair_label(record: BenchRecord, among: Sequence[BenchRecord]) -> str:
-    """ "K/V", with the anchor where the pair is there with several."""
+    """ "K/V" and its exact window, with the anchor where the pair is there with several."""
+    window = Window(record.recent, record.first)
     anchors = {r.anchor for r in among if (r.k, r.v) == (record.k, record.v)}
-    return f"{record.k}/{record.v}" + (f" (anchor {record.anchor})" if len(anchors) > 1 else "")
+    label = f"{record.k}/{record.v}" + (f" window {window}" if window else "")
+    return label + (f" (anchor {record.anchor})" if len(anchors) > 1 else "")
 
 
 def _write(folder: Path, record: BenchRecord) -> None:
@@ -327,6 +350,7 @@ def quality(record: BenchRecord, known: Sequence[Record]) -> Record | None:
         if r.ok
         and r.cell.metric in ("kld", "ppl")
         and (r.cell.model_sha256, r.cell.k, r.cell.v) == (record.model_sha256, record.k, record.v)
+        and (r.cell.recent, r.cell.first) == (record.recent, record.first)
         and (r.cell.tree, r.cell.backend, r.cell.env) == (record.tree, record.backend, record.env)
         and r.machine == record.provenance.machine.id
         and (r.cell.anchor == record.anchor or (record.anchor in ("auto", "off") and serves(r)))

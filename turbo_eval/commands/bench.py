@@ -65,6 +65,8 @@ def bench(
     backend: o.Backend = None,
     threads: o.Threads = None,
     anchor: o.Anchor = None,
+    recent: o.Recent = None,
+    first: o.First = None,
     timeout: o.Timeout = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
@@ -80,7 +82,7 @@ def bench(
     from turbo_eval.llama.provenance import collect
     from turbo_eval.llama.tool import capabilities, check_types
     from turbo_eval.records.store import Store
-    from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks
+    from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, check_window
     from turbo_eval.util.paths import results_dir
 
     if (model is None) == (synthetic is None):
@@ -96,6 +98,9 @@ def bench(
     places = tuple(int(depth) for depth in n.several("--depths", depths, n.DEPTH))
     o.warn(beyond_training(file, max(places) + prompt + gen), moved_on(build))
     anchors = check_anchors(tuple(o.split(anchor) or ()) or None, build)
+    sizes = tuple(n.tokens_or_auto("--recent", recent or n.AUTO))
+    begin = o.one_window("--first", first or n.AUTO)
+    check_window(sizes, begin, build)
     plan = BenchPlan(
         pairs=wanted,
         depths=places,
@@ -106,6 +111,9 @@ def bench(
         backend=backend or "cpu",
         anchors=anchors if capabilities(build).kv_anchor else (None,),
         timeout=timeout,
+        windowed=capabilities(build).kv_window,
+        recent=sizes,
+        first=begin,
     )
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -67,6 +67,20 @@ UBatch = Annotated[
 Anchor = Annotated[
     str | None,
     typer.Option(help="K anchor: auto, on, off or a file; comma-separated.", show_default=False),
+]
+Recent = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|N[,N…]",
+        help="Exact window: keep the last N tokens exact beside a quantized cache (auto: 128 below 8 bits).",
+        show_default=False,
+    ),
+]
+First = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|N", help="Exact window: keep the first N tokens too (auto: 4).", show_default=False
+    ),
 ]
 Backend = Annotated[str | None, typer.Option(help="cpu, metal or cuda.", show_default=False)]
 Threads = Annotated[
@@ -160,9 +174,27 @@ def overrides(**given: Any) -> dict[str, Any]:
     for key in lists:
         if key in data:
             data[key] = split(data[key])
+    if "recent" in data:
+        data["recent"] = n.tokens_or_auto("--recent", data["recent"])
+    if "first" in data:
+        data["first"] = one_window("--first", data["first"])
     if "ctx" in data:
         data["ctx"] = n.several("--ctx", data["ctx"], n.CONTEXT)
     return data
+
+
+def one_window(name: str, text: str) -> int | Literal["auto"]:
+    """A single "auto" or number of tokens.
+
+    Raises:
+        UsageError: anything else.
+    """
+    from turbo_eval.errors import UsageError
+
+    sizes = n.tokens_or_auto(name, text)
+    if len(sizes) > 1:
+        raise UsageError(f"{name} takes one number, not {text}", f"give {n.WINDOW.words}")
+    return sizes[0]
 
 
 def merged(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def plan(
     chunks: o.Chunks = None,
     ubatch: o.UBatch = None,
     anchor: o.Anchor = None,
+    recent: o.Recent = None,
+    first: o.First = None,
     backend: o.Backend = None,
     threads: o.Threads = None,
     bin_dir: o.BinDir = None,
@@ -65,6 +67,8 @@ def plan(
         chunks=chunks,
         ubatch=ubatch,
         anchor=anchor,
+        recent=recent,
+        first=first,
         backend=backend,
         threads=threads,
     )
@@ -107,7 +111,8 @@ def cells_table(plan: Plan, status: Mapping[str, str], seconds: Mapping[str, flo
         cell = job.cell
         have = status.get(cell.key())
         estimate = "" if have == "ok" else f"{seconds[cell.key()]:.0f} s"
-        row = {"#": str(number), "model": cell.model, "K/V": f"{cell.k}/{cell.v}", "metric": cell.metric}
+        pair = cell.named().replace(":", "/", 1)
+        row = {"#": str(number), "model": cell.model, "K/V": pair, "metric": cell.metric}
         row |= {"ctx": str(cell.ctx), "chunks": str(cell.chunks), "anchor": cell.anchor}
         rows.append(row | {"estimate": estimate, "record": have or "–", "key": cell.key()})
     shown, said = list(rows[0]), []

@@ -195,6 +195,7 @@ def _exit_code(ranked: Sequence[Candidate]) -> int:
 
 def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> str:
     """The command that serves the model with this cache."""
+    from turbo_eval.formats.window import AUTO, resolve
     from turbo_eval.llama.tool import capabilities
 
     row = candidate.row
@@ -203,6 +204,8 @@ def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> s
     argv += ["-fa", "on", "-ctk", row.k, "-ctv", row.v]
     if capabilities(build).kv_anchor and row.k not in ("f16", "f32", "bf16") and row.anchor != "auto":
         argv += ["--kv-anchor", row.anchor]
+    if capabilities(build).kv_window and row.window != resolve(AUTO, AUTO, row.k, row.v):
+        argv += ["--kv-recent", str(row.window.recent), "--kv-first", str(row.window.first)]
     if build.backend != "cpu":
         argv += ["-ngl", "999"]
     return shlex.join(argv)

@@ -34,6 +34,12 @@ _GPU = re.compile(r"(?:^|: )\s*(Device \d+: .+?|GPU family: .+?)\s*$", re.M)
 # kv_anchor: auto -> on (anchor: 12/28 layers, …, K types: turbo4 x28, 4.250 bits per K value)
 _ANCHOR = re.compile(r"^kv_anchor: (?:.* -> )?((?:on|off)\b.*)$", re.M)
 _ANCHOR_BITS = re.compile(r"([\d.]+) bits per K value")
+# exact window: recent 128, first 4, type q8_0, 144 cells/seq, 0.98 MiB; 3.25 bits per value, 3.41 with …
+# llama_kv_cache: exact window: off (not wanted)
+_WINDOW = re.compile(
+    r"exact window: (?:off|recent (\d+), first (\d+), type (\w+), \d+ cells/seq, ([\d.]+) MiB;"
+    r" [\d.]+ bits per value, ([\d.]+) with the window)"
+)
 _CONFIG_FILE = re.compile(r"^using config file: (.+)$", re.M)
 
 _TOTAL = re.compile(r"over (\d+) chunks, n_ctx=(\d+)")
@@ -76,10 +82,13 @@ def parse_effective(text: str) -> Effective:
     n_ctx = _N_CTX_SEQ.search(text)
     anchors = _ANCHOR.findall(text)
     bits = _ANCHOR_BITS.findall(anchors[-1]) if anchors else []
+    windows = _WINDOW.findall(text)
+    window = windows[-1] if windows else ("",) * 5
+    window_mib = sum(float(w[3] or 0) for w in windows)
     return Effective(
         k="+".join(dict.fromkeys(c[3] for c in caches)) or None,
         v="+".join(dict.fromkeys(c[5] for c in caches)) or None,
-        kv_mib=round(sum(float(c[0]) for c in caches), 2) if caches else None,
+        kv_mib=round(sum(float(c[0]) for c in caches) + window_mib, 2) if caches else None,
         k_mib=round(sum(float(c[4]) for c in caches), 2) if caches else None,
         v_mib=round(sum(float(c[6]) for c in caches), 2) if caches else None,
         kv_layers=sum(int(c[2]) for c in caches) if caches else None,
@@ -89,6 +98,11 @@ def parse_effective(text: str) -> Effective:
         flash_attn=_flash_state(flash, flash_auto),
         anchor=anchors[-1] if anchors else None,
         k_bits=float(bits[-1]) if bits else None,
+        recent=int(window[0] or 0) if windows else None,
+        first=int(window[1] or 0) if windows else None,
+        window_type=window[2] or None,
+        window_mib=round(window_mib, 2) if window_mib else None,
+        window_bits=float(window[4]) if window[4] else None,
         ctx=int(n_ctx[1]) if n_ctx else None,
         ubatch=int(ubatch[1]) if ubatch else None,
         devices=tuple(dict.fromkeys(f"{name} ({what})" for name, what in _DEVICE.findall(text))),

@@ -17,10 +17,11 @@ from turbo_eval.util.process import child_environment
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Cache types that the tool's --help lists, and whether it has --kv-anchor."""
+    """Cache types that the tool's --help lists, and whether it has --kv-anchor and --kv-recent."""
 
     cache_types: frozenset[str]
     kv_anchor: bool
+    kv_window: bool
 
 
 def capabilities(build: Build) -> Capabilities:
@@ -46,7 +47,8 @@ def _capabilities(tool: Path) -> Capabilities:
     if types is None:
         reason = text.strip().splitlines()[-1] if text.strip() else f"exit code {done.returncode}"
         raise EnvironmentProblem(f"{tool} --help names no cache types: {reason}", "rebuild it")
-    return Capabilities(frozenset(t.strip() for t in types[1].split(",") if t.strip()), "--kv-anchor" in text)
+    names = frozenset(t.strip() for t in types[1].split(",") if t.strip())
+    return Capabilities(names, kv_anchor="--kv-anchor" in text, kv_window="--kv-recent" in text)
 
 
 def check_types(build: Build, pairs: tuple[tuple[str, str], ...]) -> None:
@@ -97,6 +99,8 @@ def perplexity_argv(
     argv += backend(cell.backend).device_flags()
     if anchor is not None:
         argv += ["--kv-anchor", str(anchor)]
+    if capabilities(build).kv_window:
+        argv += ["--kv-recent", str(cell.recent), "--kv-first", str(cell.first)]
     if logits_out is not None:
         argv += ["--kl-divergence-base", str(logits_out)]
     if logits_base is not None:

@@ -40,6 +40,7 @@ def measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
         if job.anchor is not None:
             in_file = Path(job.anchor).is_file()
             env["LLAMA_ARG_KV_ANCHOR"] = str(Path(job.anchor).resolve()) if in_file else job.anchor
+        env["LLAMA_ARG_KV_RECENT"], env["LLAMA_ARG_KV_FIRST"] = str(cell.recent), str(cell.first)
         log = bench.store.log_path(cell)
         outcome = run(
             argv,

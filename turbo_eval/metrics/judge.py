@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from turbo_eval.formats.window import Window
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
 from turbo_eval.records.record import Cell, Effective, Status, finite
@@ -44,6 +45,9 @@ def judge_state(cell: Cell, effective: Effective) -> Verdict | None:
         return "state-mismatch", f"the K anchor was to be off but is {effective.anchor}"
     if cell.anchor not in ("off", "auto") and anchor != "on":
         return "state-mismatch", f"the K anchor was to be {cell.anchor} but is {anchor or 'not reported'}"
+    ran = Window(effective.recent or 0, effective.first or 0)
+    if ran != cell.window:
+        return "state-mismatch", f"the exact window was to be {cell.window} but is {ran}"
     if effective.config_files:
         return "state-mismatch", f"llama.cpp also read options from {effective.config_files[0]}"
     return _judge_device(cell, effective)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.window import Window
 from turbo_eval.records.provenance import Provenance
 
 SCHEMA = 1
@@ -46,6 +47,7 @@ class _Frozen(BaseModel):
 class Cell(_Frozen):
     """One measurement that is asked for. Sizes in tokens.
 
+    `recent` and `first` are the exact window's sizes; 0 and 0: none.
     `env` holds the GGML_* and LLAMA_* variables in force; `options` the metric's own settings.
     """
 
@@ -63,6 +65,8 @@ class Cell(_Frozen):
     flash_attn: bool = True
     anchor: str = "off"
     anchor_sha256: str = ""
+    recent: int = 0
+    first: int = 0
     backend: Backend
     tree: str
     env: dict[str, str] = Field(default_factory=dict)
@@ -81,12 +85,12 @@ class Cell(_Frozen):
         return self._digest(exclude=_NAMES | {"tree"})
 
     def comparison_key(self) -> str:
-        """The same without K and V: cells that may be compared with one another."""
-        return self._digest(exclude=_NAMES | {"k", "v"})
+        """The same without K, V and the exact window: cells that may be compared with one another."""
+        return self._digest(exclude=_NAMES | _PAIR)
 
     def text_key(self) -> str:
-        """Without K, V, metric and its options: one text through one build of one model."""
-        return self._digest(exclude=_NAMES | _MEASURE | {"k", "v"})
+        """Without K, V, the exact window, metric and its options: one text through one build of one model."""
+        return self._digest(exclude=_NAMES | _MEASURE | _PAIR)
 
     def reference_key(self) -> str:
         """Without all that is done to the cache: cells that have one reference."""
@@ -104,18 +108,33 @@ class Cell(_Frozen):
         """ "K:V"."""
         return f"{self.k}:{self.v}"
 
+    @property
+    def window(self) -> Window:
+        """The exact window that is asked for."""
+        return Window(self.recent, self.first)
+
+    def named(self) -> str:
+        """ "K:V", with the exact window if there is one."""
+        return self.pair() + (f" window {self.window}" if self.window else "")
+
     def _digest(self, exclude: frozenset[str] | set[str]) -> str:
         data = self.model_dump(mode="json", exclude=set(exclude))
         if self.anchor_sha256:
             data["anchor"] = ""  # a file is known by its content
+        for name in _WINDOW:  # a cell without a window has the key that it had before there were any
+            if data.get(name) == 0:
+                del data[name]
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-# Parts of a cell's identity. A new property of the cache, e.g. a window, belongs to _CACHE.
+# Parts of a cell's identity. A new property of the cache belongs to _CACHE; to _PAIR, where it has a row of
+# its own in a table.
 _NAMES = frozenset({"model", "corpus"})
 _MEASURE = frozenset({"metric", "options"})
-_CACHE = frozenset({"k", "v", "anchor", "anchor_sha256"})
+_WINDOW = frozenset({"recent", "first"})
+_PAIR = _WINDOW | {"k", "v"}
+_CACHE = _PAIR | {"anchor", "anchor_sha256"}
 
 
 class Effective(_Frozen):
@@ -126,6 +145,8 @@ class Effective(_Frozen):
     stays on the GPU has a handful, one that falls back has at least one a layer. `anchor` is "off" or
     "on (…)" as printed; `gpu` its lines on the GPU's
     compute capability or family; `k_bits` the mean bits per K value where the anchor mixes types over layers.
+    `recent`, `first` are the exact window's sizes in tokens (0: off), `window_type` its type, `window_mib`
+    its size, which `kv_mib` includes, `window_bits` the bits per value of the whole cache, window counted.
     """
 
     k: str | None = None
@@ -140,6 +161,11 @@ class Effective(_Frozen):
     flash_attn: bool | None = None
     anchor: str | None = None
     k_bits: float | None = None
+    recent: int | None = None
+    first: int | None = None
+    window_type: str | None = None
+    window_mib: float | None = None
+    window_bits: float | None = None
     ctx: int | None = None
     ubatch: int | None = None
     devices: tuple[str, ...] = ()
@@ -285,6 +311,8 @@ class Record(_Frozen):
             "chunks": cell.chunks,
             "ubatch": cell.ubatch,
             "anchor": cell.anchor,
+            "recent": cell.recent,
+            "first": cell.first,
             "backend": cell.backend,
             "status": self.status,
             "detail": self.detail,
@@ -296,6 +324,8 @@ class Record(_Frozen):
             "effective_k": self.effective.k,
             "effective_v": self.effective.v,
             "effective_anchor": self.effective.anchor,
+            "effective_recent": self.effective.recent,
+            "effective_first": self.effective.first,
             "model_sha256": cell.model_sha256,
             "corpus_sha256": cell.corpus_sha256,
             "tree": cell.tree,

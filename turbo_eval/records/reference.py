@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from turbo_eval.records.record import Cell, Record
 from turbo_eval.records.store import Store
 
 Pair = tuple[str, str]
 EXACT: Pair = ("f16", "f16")
+_F16: dict[str, Any] = {"k": "f16", "v": "f16", "recent": 0, "first": 0}
 # "auto" leaves a K of 16 bits alone; what ran is read back, see `serves`.
 _ANCHORS_OFF = ("off", "auto")
 # A perplexity comes from a plain run, or from a KL run, which prints it too.
@@ -24,21 +26,21 @@ _BATCHED = ("ppl", "kld")
 def exact_cell(cell: Cell) -> Cell:
     """The plain run of the reference of `cell`, which also writes the base of its KL divergence."""
     return cell.batched("ppl").model_copy(
-        update={"metric": "ppl", "k": "f16", "v": "f16", "anchor": "off", "anchor_sha256": "", "options": {}}
+        update={"metric": "ppl", "anchor": "off", "anchor_sha256": "", "options": {}} | _F16
     )
 
 
 def exact_generation_cell(cell: Cell) -> Cell:
     """What a "greedy" or "needle" cell is compared with: the same of f16/f16, anchor off."""
-    update = {"k": "f16", "v": "f16"}
+    update = _F16
     if cell.anchor not in _ANCHORS_OFF:
-        update |= {"anchor": "off", "anchor_sha256": ""}
+        update = update | {"anchor": "off", "anchor_sha256": ""}
     return cell.model_copy(update=update)
 
 
 def is_exact(cell: Cell) -> bool:
     """Is it asked for as a reference would be?"""
-    return (cell.k, cell.v) == EXACT and cell.anchor in _ANCHORS_OFF
+    return (cell.k, cell.v) == EXACT and cell.anchor in _ANCHORS_OFF and not cell.window
 
 
 def serves(record: Record) -> bool:
@@ -56,7 +58,8 @@ def candidates(cell: Cell, against: Pair | None = None) -> tuple[Cell, ...]:
     of run, which prints as many digits.
 
     Args:
-        against: the pair that was named; it is taken with the anchor of `cell`. None: f16/f16.
+        against: the pair that was named; it is taken with the anchor of `cell`, and with its exact window or
+            without one. None: f16/f16.
     """
     text = cell.batched("ppl").model_copy(update={"options": {}})
     if against in (None, EXACT):
@@ -64,7 +67,8 @@ def candidates(cell: Cell, against: Pair | None = None) -> tuple[Cell, ...]:
         places = [base.model_copy(update={"anchor": anchor}) for anchor in _ANCHORS_OFF]
     else:
         assert against is not None
-        places = [text.model_copy(update={"k": against[0], "v": against[1]})]
+        own = text.model_copy(update={"k": against[0], "v": against[1]})
+        places = [own, *([own.model_copy(update={"recent": 0, "first": 0})] if own.window else [])]
     metrics = sorted(_BATCHED, key=lambda metric: metric != cell.metric)
     return tuple(place.model_copy(update={"metric": metric}) for metric in metrics for place in places)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.window import OFF, Asked, Window, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
@@ -52,6 +53,7 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
     anchors = check_anchors(spec.anchor, build)
     env = relevant_environment()
     kv_anchor = capabilities(build).kv_anchor
+    check_window(spec.recent, spec.first, build)
     jobs: list[Job] = []
     notes: list[str] = []
     for name in spec.models:
@@ -61,13 +63,13 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
         notes += [note for ctx in spec.ctx if (note := beyond_training(model, ctx))]
         for ctx in spec.ctx:
             if adds_reference(spec, anchors):
-                cell = _cell(spec, "ppl", model, corpus, *EXACT, ctx, "off", build, env)
+                cell = _cell(spec, "ppl", model, corpus, *EXACT, ctx, "off", OFF, build, env)
                 flag = "off" if kv_anchor else None
                 jobs.append(Job(cell, model, corpus, flag, writes_base="kld" in spec.metrics))
             for metric in wanted_metrics(spec.metrics):
                 for anchor in anchors:
-                    for k, v in ordered_pairs(spec, metric):
-                        cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, build, env)
+                    for k, v, window in windowed_pairs(spec, metric, build):
+                        cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, window, build, env)
                         jobs.append(Job(cell, model, corpus, anchor if kv_anchor else None))
                         if metric in ("greedy", "needle") and exact_generation_cell(cell) != cell:
                             exact = exact_generation_cell(cell)
@@ -135,6 +137,33 @@ def ordered_pairs(spec: SweepSpec, metric: Metric = "ppl") -> list[tuple[str, st
     return list(dict.fromkeys([*first, *spec.pairs]))
 
 
+def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[tuple[str, str, Window]]:
+    """The pairs in their order, each with the exact windows that are asked for; without one where the build
+    has none."""
+    able = capabilities(build).kv_window
+    return [
+        (k, v, window)
+        for k, v in ordered_pairs(spec, metric)
+        for window in dict.fromkeys(
+            resolve(recent, spec.first, k, v) if able else OFF for recent in spec.recent
+        )
+    ]
+
+
+def check_window(recent: Iterable[Asked], first: Asked, build: Build) -> None:
+    """Refuse a window that the build cannot have.
+
+    Raises:
+        UsageError: says which, and what to do.
+    """
+    asked = [size for size in (*recent, first) if size not in ("auto", 0)]
+    if asked and not capabilities(build).kv_window:
+        raise UsageError(
+            f"the build in {build.bin_dir} has no exact window, so {asked[0]} exact tokens cannot be kept",
+            "use recent = 0 (--recent 0) or the patched build",
+        )
+
+
 def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
     """Refuse a pair whose blocks don't divide the model's head dimensions.
 
@@ -187,6 +216,7 @@ def _cell(
     v: str,
     ctx: int,
     anchor: str,
+    window: Window,
     build: Build,
     env: dict[str, str],
 ) -> Cell:
@@ -215,6 +245,8 @@ def _cell(
         ubatch=ubatch,
         anchor=anchor,
         anchor_sha256=hashlib.sha256(Path(anchor).read_bytes()).hexdigest() if in_file else "",
+        recent=window.recent,
+        first=window.first,
         backend=spec.backend,
         tree=build.tree,
         env=env,

@@ -40,10 +40,12 @@ def live(plan: Plan) -> Iterator[Reporter]:
 
 
 def describe(job: Job) -> str:
-    """ "smollm2-135m q8_0/turbo3 ppl c512"; the anchor where it is not the build's default."""
+    """ "smollm2-135m q8_0/turbo3 ppl c512"; the exact window if there is one, the anchor where it is not the
+    build's default."""
     cell = job.cell
     anchor = f" anchor {cell.anchor}" if job.anchor is not None and cell.anchor != "auto" else ""
-    return f"{cell.model} {cell.k}/{cell.v} {cell.metric} c{cell.ctx}{anchor}"
+    window = f" window {cell.window}" if cell.window else ""
+    return f"{cell.model} {cell.k}/{cell.v} {cell.metric} c{cell.ctx}{window}{anchor}"
 
 
 def outcome(record: Record) -> str:

@@ -57,7 +57,7 @@ class NeedleSpec(_Strict):
 
 
 class SweepSpec(_Strict):
-    """What to run. Lists multiply: models × contexts × anchors × metrics × pairs.
+    """What to run. Lists multiply: models × contexts × anchors × windows × metrics × pairs.
 
     Attributes:
         models: registry names or paths.
@@ -71,6 +71,8 @@ class SweepSpec(_Strict):
         chunks: chunks of `ctx` tokens, from the start of the corpus.
         ubatch: physical batch in tokens.
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
+        recent, first: sizes of the exact window in tokens (docs/exact-window.md); "auto": 128 and 4 for
+            pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
         threads: CPU threads; None: all cores.
         timeout: seconds a cell may take; None: as long as it goes on saying something.
     """
@@ -87,6 +89,8 @@ class SweepSpec(_Strict):
     ubatch: n.Tokens = 512
     backend: Backend = "cpu"
     anchor: tuple[str, ...] | None = None
+    recent: tuple[n.TokensOrAuto, ...] = Field(default=("auto",), min_length=1)
+    first: n.TokensOrAuto = "auto"
     threads: n.Threads | None = None
     timeout: n.Seconds | None = None
     decode: DecodeSpec = DecodeSpec()
@@ -104,7 +108,7 @@ class SweepSpec(_Strict):
                 if many in data:
                     raise ValueError(f"give {one} or {many}, not both")
                 data[many] = data.pop(one)
-        for key in ("models", "metrics", "ctx", "anchor"):
+        for key in ("models", "metrics", "ctx", "anchor", "recent"):
             if data.get(key) is not None:
                 data[key] = _as_list(data[key])
         data["pairs"] = _pairs(data.pop("pairs", None), data.pop("k", None), data.pop("v", None))
@@ -126,6 +130,7 @@ class Check(_Strict):
         pairs: K:V patterns as fnmatch takes them, e.g. "q8_0:turbo*".
         model: pattern on the model's name.
         anchor: pattern on the anchor asked for.
+        recent: the exact window's size in tokens; None: any.
         max_ppl, max_delta_pct, max_kld, min_same_top_pct, max_decode_pct: bounds on a number.
         against: pair that max_delta_pct compares with; None: the sweep's. Older files call it `baseline`.
         must_fail: turns the check round: at least one bound must be broken, by a number.
@@ -136,6 +141,7 @@ class Check(_Strict):
     name: str = ""
     model: str = "*"
     anchor: str = "*"
+    recent: n.WholeTokens | None = None
     against: tuple[str, str] | None = None
     max_ppl: n.Perplexity | None = None
     max_delta_pct: n.Percent | None = None

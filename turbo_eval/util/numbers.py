@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -97,6 +97,14 @@ SHARE_PCT = Kind("a percentage from 0 to 100", low=0, high=100)
 FRACTION = Kind("a fraction from 0 to 1", low=0, high=1)
 NATS = Kind("nats, 0 or more", low=0)
 
+AUTO: Literal["auto"] = "auto"
+WINDOW = Kind("auto or a whole number of tokens from 0 to 1000000", low=0, high=10**6, whole=True)
+
+
+def _or_auto(value: object) -> Any:
+    return value if value == AUTO else WINDOW.check(value)
+
+
 # The same as fields of a validated model.
 Count = Annotated[int, BeforeValidator(COUNT.check)]
 Context = Annotated[int, BeforeValidator(CONTEXT.check)]
@@ -108,6 +116,8 @@ Percent = Annotated[float, BeforeValidator(PERCENT.check)]
 PositivePercent = Annotated[float, BeforeValidator(PERCENT_UP.check)]
 SharePct = Annotated[float, BeforeValidator(SHARE_PCT.check)]
 Fraction = Annotated[float, BeforeValidator(FRACTION.check)]
+WholeTokens = Annotated[int, BeforeValidator(DEPTH.check)]
+TokensOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_or_auto)]
 Nats = Annotated[float, BeforeValidator(NATS.check)]
 
 
@@ -140,6 +150,18 @@ def percent(name: str) -> Callable[[Any], Any]:
         return read(name, str(value).strip().removesuffix("%"), PERCENT)
 
     return parse
+
+
+def tokens_or_auto(name: str, text: str) -> list[int | Literal["auto"]]:
+    """The items of a comma-separated option: "auto" or tokens.
+
+    Raises:
+        UsageError: as `read`, or there is none.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError(f"{name}: {text!r} holds no number", f"give {WINDOW.words}")
+    return [AUTO if part == AUTO else int(read(name, part, WINDOW)) for part in parts]
 
 
 def several(name: str, text: str, kind: Kind) -> list[float]:

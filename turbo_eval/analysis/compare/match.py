@@ -19,9 +19,13 @@ Entry = Record | BenchRecord
 # What a cell must share to be the same question, whatever is compared.
 _QUESTION = ("metric", "model", "corpus", "ctx", "chunks", "options")
 # What the two sides may be compared *in*: left out of the match when they have no value in common.
-_CONTRAST = ("k", "v", "tree", "backend", "anchor", "batch", "ubatch", "flash_attn", "env", "machine")
+_CONTRAST = (
+    *("k", "v", "recent", "first", "tree", "backend", "anchor", "batch", "ubatch", "flash_attn", "env"),
+    "machine",
+)
 _SELECTABLE = (
-    *("metric", "model", "ctx", "chunks", "k", "v", "tree", "backend", "ubatch", "machine", "anchor", "pin"),
+    *("metric", "model", "ctx", "chunks", "k", "v", "recent", "first", "tree", "backend", "ubatch"),
+    *("machine", "anchor", "pin"),
 )
 _BY_PREFIX = frozenset({"tree", "pin", "machine"})
 
@@ -40,6 +44,8 @@ def facts(entry: Entry) -> dict[str, str]:
             "chunks": f"{entry.prompt}+{entry.gen}",
             "k": entry.k,
             "v": entry.v,
+            "recent": str(entry.recent),
+            "first": str(entry.first),
             "tree": entry.tree,
             "backend": entry.backend,
             "anchor": entry.anchor,
@@ -60,6 +66,8 @@ def facts(entry: Entry) -> dict[str, str]:
         "options": json.dumps(cell.options, sort_keys=True),
         "k": cell.k,
         "v": cell.v,
+        "recent": str(cell.recent),
+        "first": str(cell.first),
         "tree": cell.tree,
         "backend": cell.backend,
         "anchor": cell.anchor_sha256 or cell.anchor,
