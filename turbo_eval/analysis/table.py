@@ -47,7 +47,7 @@ def _columns(row: Summary) -> dict[str, Any]:
         "window": str(row.window) if row.window else None,
         "bpv K": row.bpv_k,
         "bpv V": row.bpv_v,
-        "bpv all": round(row.bpv, 3) if row.window else None,
+        "bpv with it": round(row.bpv, 3) if row.window else None,
         "KV MiB": row.kv_mib,
         "× smaller": round(row.compression, 2),
         "PPL": row.ppl,
@@ -117,7 +117,7 @@ _FORMATS = {
     "KV MiB": "{:.2f}",
     "bpv K": "{:g}",
     "bpv V": "{:g}",
-    "bpv all": "{:.2f}",
+    "bpv with it": "{:.2f}",
     "× smaller": "{:.2f}",
 }
 
@@ -144,8 +144,6 @@ def for_people(frame: pd.DataFrame, without: Sequence[str] = ()) -> tuple[str, l
     for _, line in frame.iterrows():
         texts = {c: format_value(c, line[c]) for c in frame.columns}
         texts["bpv K"] = f"{texts['bpv K']}/{texts['bpv V']}"
-        if texts.get("bpv all", "–") != "–":
-            texts["bpv K"] += f" ({texts['bpv all']})"
         for c in ("PPL", "ΔPPL %", "KLD"):
             if texts.get(f"± {c}", "–") != "–" and f"± {c}" not in without:
                 texts[c] += f" ± {texts[f'± {c}']}"
@@ -168,8 +166,10 @@ _DISPENSABLE = (
     "corpus",
     "needle",
     "decode Δ %",
+    "bpv with it",
+    "same top %",
 )
-_JOINED = ("bpv V", "bpv all", "± PPL", "± ΔPPL %", "± KLD")
+_JOINED = ("bpv V", "± PPL", "± ΔPPL %", "± KLD")
 _HEADINGS = {"bpv K": "bpv"}
 
 
