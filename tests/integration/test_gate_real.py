@@ -22,6 +22,7 @@ CONFIG = """
 [sweep]
 pairs = ["f16:f16", "turbo4:turbo4"]
 anchor = "off"
+recent = 0
 metrics = ["kld"]
 ctx = 256
 chunks = 2

@@ -170,6 +170,7 @@ QUICK = """
 models = ["smollm2-135m"]
 metrics = ["kld"]
 pairs = ["f16:f16", "turbo4:turbo4"]
+recent = 0
 anchor = "off"
 ctx = 256
 chunks = 2
