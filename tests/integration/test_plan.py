@@ -14,8 +14,9 @@ from turbo_eval.formats.cache_types import CACHE_TYPES, kv_mib, parse_pair
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
+from turbo_eval.metrics import METRICS, wanted_metrics
 from turbo_eval.records.reference import exact_cell
-from turbo_eval.sweep.plan import Plan, make_plan, ordered_pairs, wanted_metrics
+from turbo_eval.sweep.plan import Plan, make_plan, ordered_pairs
 from turbo_eval.sweep.spec import SweepSpec, sweep_spec
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
@@ -55,17 +56,21 @@ def test_pairs() -> None:
     )
 
 
+def names(asked: list[str]) -> list[str]:
+    return [metric.name for metric in wanted_metrics(asked)]
+
+
 def test_metrics_bring_what_they_need() -> None:
-    assert wanted_metrics(["ppl", "kld"]) == ["kld"]
-    assert wanted_metrics(["decode"]) == ["ppl", "decode"]
-    assert wanted_metrics(["greedy", "decode", "kld"]) == ["kld", "decode", "greedy"]
+    assert names(["ppl", "kld"]) == ["kld"]
+    assert names(["decode"]) == ["ppl", "decode"]
+    assert names(["greedy", "decode", "kld"]) == ["kld", "decode", "greedy"]
 
 
 def test_the_baseline_goes_first_and_f16_before_generation() -> None:
     given = spec(pairs=["q4_0:q4_0", "q8_0:q8_0"], baseline="q8_0:q8_0")
     assert ordered_pairs(given)[0] == ("q8_0", "q8_0")
     assert ordered_pairs(spec(pairs=["q4_0:q4_0", "f16:f16"]))[0] == ("f16", "f16")
-    assert ordered_pairs(given, "greedy")[0] == ("f16", "f16")
+    assert ordered_pairs(given, METRICS["greedy"])[0] == ("f16", "f16")
 
 
 def test_cells_multiply_and_repeat_nothing(plan_of: Any) -> None:

@@ -1,7 +1,7 @@
 """How the package is built, counted: `python -m tests.support.structure` (part of `make check`).
 
 Modules and functions have a bound on their lines, folders on their modules, and an import inside a function
-needs its reason beside it. The order of the rooms is for import-linter to hold (`lint-imports`, pyproject.toml).
+needs its reason beside it. The order of the rooms is held by import-linter (`lint-imports`, pyproject.toml).
 """
 
 from __future__ import annotations

@@ -171,7 +171,18 @@ def test_command_line(tmp_path: Path) -> None:
 def test_real_runs(tmp_path: Path, build: Build, smollm: ModelFile) -> None:
     """The same build twice: none. Its attention rotation off: the quantized pairs and the reason."""
     pair = "turbo3:turbo3" if "turbo3" in capabilities(build).cache_types else "q4_0:q4_0"
-    sweep = ("--model", smollm.path, "--pairs", f"f16:f16,{pair}", "--ctx", "64", "--chunks", "20", "--recent", "0")
+    sweep = (
+        "--model",
+        smollm.path,
+        "--pairs",
+        f"f16:f16,{pair}",
+        "--ctx",
+        "64",
+        "--chunks",
+        "20",
+        "--recent",
+        "0",
+    )
     runs: tuple[tuple[str, dict[str, str]], ...] = (
         ("one", {}),
         ("two", {}),

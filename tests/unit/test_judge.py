@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.records import make_cell
 from turbo_eval.llama.output import PplText, parse_ppl
+from turbo_eval.metrics.decode import allowed_pct
 from turbo_eval.metrics.judge import judge_numbers, judge_state
-from turbo_eval.metrics.perplexity import allowed_pct
 from turbo_eval.records.record import Effective
 
 GPU = Effective(

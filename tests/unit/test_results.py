@@ -13,7 +13,8 @@ from tests.support.records import MACHINE, make_kld, make_record
 from tests.unit.test_gate import INFO
 from turbo_eval.analysis.recommend import Bound, recommend
 from turbo_eval.analysis.summary import summarize
-from turbo_eval.metrics.generation import compare_greedy, compare_needle
+from turbo_eval.metrics.greedy import compare_greedy
+from turbo_eval.metrics.needle import compare_needle
 from turbo_eval.records.record import Needle, json_schema
 from turbo_eval.records.store import Store
 from turbo_eval.util.paths import repo_root

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
+from turbo_eval.metrics import bounds as metric_bounds
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import Pair, References
 from turbo_eval.records.store import Store
@@ -201,17 +202,9 @@ def _value(bound: str, row: Summary) -> _Figure | str:
             return f"its reference {row.against} of the same text and build is not on record"
         doubt = f" ± {row.delta_err_pct:.3f}" if row.delta_err_pct is not None else ""
         return _Figure(f"ΔPPL {row.delta_pct:+.3f}{doubt} % against {row.against}", row.delta_pct, " %")
-    if bound in ("max_kld", "min_same_top_pct"):
-        record = row.get("kld")
-        if record is None or record.kld is None:
-            return "no KL divergence is on record"
-        kld = record.kld
-        if bound == "max_kld":
-            doubt = f" ± {kld.mean_err:.6f}" if kld.mean_err is not None else ""
-            return _Figure(f"KL divergence {kld.mean:.6f}{doubt} from f16/f16", kld.mean)
-        return _Figure(f"same top token {kld.same_top_pct:.3f} %", kld.same_top_pct, " %", upper=False)
-    decode = next((r.decode for r in row.records if r.decode is not None), None)
-    if decode is None:
-        return "no decode-path number is on record"
-    delta = abs(decode.delta_pct)
-    return _Figure(f"decode path {delta:.3f} % off the batched one", delta, " %")
+    _, of_metric = metric_bounds()[bound]
+    for record in row.records:
+        value = of_metric.value(record)
+        if value is not None:
+            return _Figure(of_metric.words(record), value, of_metric.unit, of_metric.upper)
+    return of_metric.absent

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from turbo_eval.analysis.summary import Summary, environment, said_of_reference, threads
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.metrics import METRICS
+from turbo_eval.metrics.base import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,12 +31,15 @@ def to_frame(rows: Sequence[Summary]) -> pd.DataFrame:
 _ALWAYS = ("model", "K", "V", "PPL", "ΔPPL %", "status")
 
 
+METRIC_COLUMNS = [column for metric in METRICS.values() for column in metric.columns]
+
+
+def _value(row: Summary, column: Column) -> Any:
+    """What the first of the row's records that has the figure says."""
+    return next((value for r in row.records if (value := column.value(r)) is not None), None)
+
+
 def _columns(row: Summary) -> dict[str, Any]:
-    kld_record = row.get("kld")
-    kld = kld_record.kld if kld_record else None
-    decode = next((r.decode for r in row.records if r.decode), None)
-    greedy = next((r.greedy for r in row.records if r.ok and r.greedy), None)
-    needle = next((r.needle for r in row.records if r.ok and r.needle), None)
     return {
         "model": row.model,
         "corpus": row.corpus,
@@ -55,13 +60,7 @@ def _columns(row: Summary) -> dict[str, Any]:
         "ΔPPL %": row.delta_pct,
         "± ΔPPL %": row.delta_err_pct,
         "against": row.against if row.delta is not None else None,
-        "KLD": kld.mean if kld else None,
-        "± KLD": kld.mean_err if kld else None,
-        "KLD 99 %": kld.p99 if kld else None,
-        "same top %": kld.same_top_pct if kld else None,
-        "decode Δ %": decode.delta_pct if decode else None,
-        "greedy same %": greedy.agree_pct if greedy else None,
-        "needle": f"{needle.hits}/{needle.f16_hits}" if needle else None,
+        **{column.heading: _value(row, column) for column in METRIC_COLUMNS},
         "status": row.status,
         "detail": row.detail or None,
         "machine": row.machine,
@@ -108,12 +107,7 @@ _FORMATS = {
     "± PPL": "{:.2f}",
     "ΔPPL %": "{:+.2f}",
     "± ΔPPL %": "{:.2f}",
-    "KLD": "{:z.5f}",
-    "± KLD": "{:z.5f}",
-    "KLD 99 %": "{:.4f}",
-    "same top %": "{:.2f}",
-    "decode Δ %": "{:+.2f}",
-    "greedy same %": "{:.1f}",
+    **{column.heading: column.pattern for column in METRIC_COLUMNS},
     "KV MiB": "{:.2f}",
     "bpv K": "{:g}",
     "bpv V": "{:g}",

@@ -234,7 +234,7 @@ def _run_once(
             anchor=anchor or "off",
             recent=window.recent if window else 0,
             first=window.first if window else 0,
-            backend=plan.backend,  # type: ignore[arg-type]
+            backend=plan.backend,
             tree=build.tree,
         )
         fault = judge.judge_state(cell, effective)

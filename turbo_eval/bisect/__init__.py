@@ -14,7 +14,7 @@ from turbo_eval.inputs.corpora import default_name, resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.provenance import collect, machine
 from turbo_eval.metrics.job import Job
-from turbo_eval.records.record import Metric, Record, Status
+from turbo_eval.records.record import Record, Status
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import make_plan
 from turbo_eval.sweep.run import run_sweep
@@ -105,7 +105,7 @@ class Bisection:
         return Store(bisect_dir() / "results", here), Store(results_dir(), here)
 
     @property
-    def metric(self) -> Metric:
+    def metric(self) -> str:
         """The metric the verdict is on; a decode cell brings its batched one along."""
         return self.spec.metrics[0]
 

@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama.tool import perplexity_argv
+from turbo_eval.metrics.base import Bench
+from turbo_eval.metrics.job import Job
 from turbo_eval.records.record import Cell, Record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.util import numbers
 from turbo_eval.util.files import writing
 from turbo_eval.util.paths import cache_dir
-
-if TYPE_CHECKING:
-    from turbo_eval.metrics.job import Job
-    from turbo_eval.metrics.perplexity import Bench
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")

@@ -18,10 +18,6 @@ from turbo_eval.records.provenance import Provenance
 
 SCHEMA = 1
 
-Metric = Literal["ppl", "kld", "decode", "greedy", "needle"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-Backend = Literal["cpu", "metal", "cuda"]
-
 Status = Literal[
     "ok",
     "nan",
@@ -51,7 +47,7 @@ class Cell(_Frozen):
     `env` holds the GGML_* and LLAMA_* variables in force; `options` the metric's own settings.
     """
 
-    metric: Metric
+    metric: str
     model: str
     model_sha256: str
     corpus: str
@@ -67,7 +63,7 @@ class Cell(_Frozen):
     anchor_sha256: str = ""
     recent: int = 0
     first: int = 0
-    backend: Backend
+    backend: str
     tree: str
     env: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
@@ -96,7 +92,7 @@ class Cell(_Frozen):
         """Without all that is done to the cache: cells that have one reference."""
         return self._digest(exclude=_NAMES | _MEASURE | _CACHE)
 
-    def batched(self, metric: Metric) -> Cell:
+    def batched(self, metric: str) -> Cell:
         """The batched run over the same text that a decode cell is compared with; any other cell itself."""
         if self.metric != "decode":
             return self
@@ -255,7 +251,10 @@ class Run(_Frozen):
 
 
 class Record(_Frozen):
-    """One cell's outcome. Without status "ok" there are no numbers."""
+    """One cell's outcome. Without status "ok" there are no numbers.
+
+    `figures` are those of metrics that have no field of their own, by name.
+    """
 
     schema_version: int = SCHEMA
     key: str
@@ -269,6 +268,7 @@ class Record(_Frozen):
     decode: Decode | None = None
     greedy: Greedy | None = None
     needle: Needle | None = None
+    figures: dict[str, float | str] = Field(default_factory=dict)
     effective: Effective = Effective()
     run: Run
     provenance: Provenance
@@ -336,11 +336,13 @@ class Record(_Frozen):
         for name in ("kld", "decode", "greedy", "needle"):
             part = getattr(self, name)
             flat[name] = part.model_dump(mode="json") if part is not None else None
-        return flat
+        return flat | self.figures
 
     def to_json(self) -> str:
         """The file's content. NaN cannot occur: failed cells hold no numbers."""
         data = self.model_dump(mode="json")
+        if not self.figures:
+            del data["figures"]
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -73,16 +73,6 @@ def candidates(cell: Cell, against: Pair | None = None) -> tuple[Cell, ...]:
     return tuple(place.model_copy(update={"metric": metric}) for metric in metrics for place in places)
 
 
-def references(cell: Cell) -> tuple[Cell, ...]:
-    """The cells whose records are looked up when `cell` is judged, in order of preference: they come
-    before it in a plan, and a machine that runs it alone must be given them."""
-    if cell.metric == "decode":
-        return cell.batched("ppl"), cell.batched("kld")
-    if cell.metric in ("greedy", "needle") and not is_exact(cell):
-        return (exact_generation_cell(cell),)
-    return ()
-
-
 def comparison(cell: Cell) -> str:
     """What the cells of one comparison have in common: they share a reference, so they are measured on one
     class of machine. A decode cell belongs to the batched run over the same corpus."""

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
@@ -16,9 +15,11 @@ from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities, check_types
-from turbo_eval.metrics.job import Job
-from turbo_eval.records.record import METRICS, Cell, Metric, Record
-from turbo_eval.records.reference import EXACT, exact_generation_cell
+from turbo_eval.metrics import METRICS, wanted_metrics
+from turbo_eval.metrics import metric as metric_of
+from turbo_eval.metrics.base import Extent, Job, Metric
+from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.reference import EXACT
 from turbo_eval.sweep.spec import SweepSpec
 from turbo_eval.util.process import relevant_environment
 
@@ -63,7 +64,7 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
         notes += [note for ctx in spec.ctx if (note := beyond_training(model, ctx))]
         for ctx in spec.ctx:
             if adds_reference(spec, anchors):
-                cell = _cell(spec, "ppl", model, corpus, *EXACT, ctx, "off", OFF, build, env)
+                cell = _cell(spec, METRICS["ppl"], model, corpus, *EXACT, ctx, "off", OFF, build, env)
                 flag = "off" if kv_anchor else None
                 jobs.append(Job(cell, model, corpus, flag, writes_base="kld" in spec.metrics))
             for metric in wanted_metrics(spec.metrics):
@@ -71,8 +72,8 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
                     for k, v, window in windowed_pairs(spec, metric, build):
                         cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, window, build, env)
                         jobs.append(Job(cell, model, corpus, anchor if kv_anchor else None))
-                        if metric in ("greedy", "needle") and exact_generation_cell(cell) != cell:
-                            exact = exact_generation_cell(cell)
+                        exact = metric.exact(cell)
+                        if exact is not None and exact != cell:
                             at = len(jobs) - 1  # before what is compared with it
                             jobs.insert(at, Job(exact, model, corpus, exact.anchor if kv_anchor else None))
     unique = {job.cell.key(): job for job in reversed(jobs)}
@@ -110,27 +111,16 @@ def adds_reference(spec: SweepSpec, anchors: Iterable[str]) -> bool:
     if not spec.reference or spec.against not in (None, EXACT):
         return False
     asked = EXACT in spec.pairs and not {"off", "auto"}.isdisjoint(anchors)
-    return not asked and not {"ppl", "kld", "decode"}.isdisjoint(spec.metrics)
+    return not asked and any(m.batched or m.needs for m in map(metric_of, spec.metrics))
 
 
-def wanted_metrics(metrics: Iterable[Metric]) -> list[Metric]:
-    """In order of worth per second. A "kld" cell yields perplexity too, so "ppl" is dropped beside
-    it; "decode" needs a batched number to compare with, so "ppl" is added where there is none."""
-    wanted = set(metrics)
-    if "kld" in wanted:
-        wanted.discard("ppl")
-    elif "decode" in wanted:
-        wanted.add("ppl")
-    return [m for m in METRICS if m in wanted]
-
-
-def ordered_pairs(spec: SweepSpec, metric: Metric = "ppl") -> list[tuple[str, str]]:
+def ordered_pairs(spec: SweepSpec, metric: Metric = METRICS["ppl"]) -> list[tuple[str, str]]:
     """What others are compared with first, the rest as given: for perplexity the pair that was named for it,
     else f16:f16 where it is among the pairs; for generation f16:f16, which is added where the sweep does not
     have it."""
-    if metric in ("greedy", "needle"):
+    if metric.own_exact:
         first = [EXACT]
-    elif metric != "decode" and spec.against:
+    elif metric.batched and spec.against:
         first = [spec.against]
     else:
         first = [pair for pair in spec.pairs if pair in (spec.against or EXACT, EXACT)][:1]
@@ -221,18 +211,9 @@ def _cell(
     env: dict[str, str],
 ) -> Cell:
     in_file = anchor not in _ANCHOR_MODES
-    options: dict[str, Any] = {}
-    chunks, ubatch = spec.chunks, min(spec.ubatch, ctx)
-    if metric == "decode":
-        chunks, ubatch = min(spec.decode.chunks, spec.chunks), 1
-        options = {"batched_ubatch": min(spec.ubatch, ctx), "batched_chunks": spec.chunks}
-        options["bound_pct"] = spec.decode.bound_pct
-    elif metric == "greedy":
-        options = spec.greedy.model_dump(mode="json")
-    elif metric == "needle":
-        options = spec.needle.model_dump(mode="json")
+    extent = Extent(spec.chunks, min(spec.ubatch, ctx), spec.options(metric))
     return Cell(
-        metric=metric,
+        metric=metric.name,
         model=model.name,
         model_sha256=model.sha256,
         corpus=corpus.name,
@@ -240,9 +221,7 @@ def _cell(
         k=k,
         v=v,
         ctx=ctx,
-        chunks=chunks,
         batch=ctx,  # one sequence at a time: KV size and memory are those of this context
-        ubatch=ubatch,
         anchor=anchor,
         anchor_sha256=hashlib.sha256(Path(anchor).read_bytes()).hexdigest() if in_file else "",
         recent=window.recent,
@@ -250,7 +229,7 @@ def _cell(
         backend=spec.backend,
         tree=build.tree,
         env=env,
-        options=options,
+        **metric.lay_out(extent),
     )
 
 
@@ -266,7 +245,4 @@ def estimate_seconds(job: Job, known: Iterable[Record], threads: int) -> float:
     ]
     if rates:
         return 1.0 + work * sorted(rates)[len(rates) // 2]
-    parameters = job.model.size * 8 / 5  # about five bits a weight
-    if cell.metric == "decode":
-        return 2.0 + work * job.model.size / 6e9  # each token reads all weights once
-    return 2.0 + work * 2 * parameters / (threads * 3e10)
+    return metric_of(cell.metric).seconds(job, threads)

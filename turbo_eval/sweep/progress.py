@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+from turbo_eval.metrics import METRICS
 from turbo_eval.metrics.job import Job
 from turbo_eval.records.record import Record
 from turbo_eval.sweep.plan import Plan
@@ -52,16 +53,8 @@ def outcome(record: Record) -> str:
     """The record's figure in a few words, or its failure."""
     if not record.ok:
         return f"{record.status}: {record.detail}"
-    if record.greedy:
-        return f"greedy {record.greedy.agree_pct:.1f} % the same"
-    if record.needle:
-        return f"needle {record.needle.hits} of {record.needle.f16_hits}"
-    parts = [f"PPL {record.ppl:.4f} ± {record.ppl_err:.4f}"]
-    if record.kld:
-        parts.append(f"KLD {record.kld.mean:z.5f}")
-    if record.decode:
-        parts.append(f"batched {record.decode.ppl_batched:.4f} ({record.decode.delta_pct:+.2f} %)")
-    return ", ".join(parts)
+    known = METRICS.get(record.cell.metric)
+    return known.words(record) if known is not None else record.status  # of a fork's metric
 
 
 class LineReporter:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from turbo_eval.errors import TurboEvalError
+from turbo_eval.metrics import metric, references
+from turbo_eval.metrics.base import Bench, OnProgress
 from turbo_eval.metrics.job import Job
-from turbo_eval.metrics.perplexity import Bench, OnProgress
-from turbo_eval.metrics.perplexity import measure as measure_perplexity
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
@@ -44,15 +43,6 @@ class InterruptedSweepError(TurboEvalError):
     """Ctrl-C: the running cell was abandoned, finished ones are on record."""
 
     exit_code = 130
-
-
-def measurer(job: Job) -> Callable[[Job, Bench, OnProgress], Record]:
-    """The function that measures this job's metric."""
-    if job.cell.metric in ("greedy", "needle"):
-        from turbo_eval.metrics.generation import measure as measure_generation
-
-        return measure_generation
-    return measure_perplexity
 
 
 def run_sweep(
@@ -90,7 +80,7 @@ def run_sweep(
                     reporter.end(number, known, reused=True)
                     continue
                 reporter.begin(number, job)
-                record = measurer(job)(job, bench, partial(reporter.progress, number))
+                record = _measure(job, bench, partial(reporter.progress, number))
                 store.write(record)
                 done[number] = record
                 reporter.end(number, record, reused=False)
@@ -101,3 +91,10 @@ def run_sweep(
         ) from None
     result.records = [done[n] for n in sorted(done)]
     return result
+
+
+def _measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:
+    """By the job's metric, with what it is compared with as far as it is on record."""
+    found = (bench.store.load(cell) for cell in references(job.cell))
+    known = [record for record in found if record is not None and record.ok]
+    return metric(job.cell.metric).measure(job, bench, on_progress, known)

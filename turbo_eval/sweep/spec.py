@@ -6,13 +6,24 @@ import tomllib
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from turbo_eval.errors import TurboEvalError, UsageError
 from turbo_eval.formats.cache_types import cache_type, known_types, parse_pair
-from turbo_eval.records.record import Backend, Metric
+from turbo_eval.llama.backends import BACKENDS
+from turbo_eval.metrics import METRICS
+from turbo_eval.metrics import bounds as metric_bounds
+from turbo_eval.metrics.base import Metric, Options
 from turbo_eval.util import numbers as n
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -26,37 +37,7 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-class DecodeSpec(_Strict):
-    """The decode-path metric: `chunks` of text through ubatch 1.
-
-    Attributes:
-        chunks: how many chunks; taken from the start of the corpus, as in the batched cell.
-        bound_pct: largest allowed |PPL(ubatch 1) / PPL(batched) − 1|, in percent; more where the pair's
-            KL divergence is on record and explains more.
-            Any difference in rounding is amplified by the 8-bit quantization of activations: exact
-            f16 caches differ by 1 to 2 % over 127 tokens, 0.2 % over 254 (SmolLM2, CPU).
-    """
-
-    chunks: n.Count = 2
-    bound_pct: n.PositivePercent = 2.0
-
-
-class GreedySpec(_Strict):
-    """Greedy agreement: `tokens` generated after each of `prompts` passages of `prompt_tokens`."""
-
-    prompts: n.Count = 4
-    prompt_tokens: n.Context = 128
-    tokens: n.Count = 32
-
-
-class NeedleSpec(_Strict):
-    """Needle retrieval: context lengths in tokens, depths as fractions of the context."""
-
-    lengths: tuple[n.Context, ...] = Field(default=(512, 1024), min_length=1)
-    depths: tuple[n.Fraction, ...] = Field(default=(0.1, 0.5, 0.9), min_length=1)
-
-
-class SweepSpec(_Strict):
+class _Sweep(_Strict):
     """What to run. Lists multiply: models × contexts × anchors × windows × metrics × pairs.
 
     Attributes:
@@ -75,6 +56,8 @@ class SweepSpec(_Strict):
             pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
         threads: CPU threads; None: all cores.
         timeout: seconds a cell may take; None: as long as it goes on saying something.
+
+    Beside these each metric that has settings has a table of its name.
     """
 
     name: str = "sweep"
@@ -83,19 +66,16 @@ class SweepSpec(_Strict):
     pairs: tuple[tuple[str, str], ...]
     against: tuple[str, str] | None = None
     reference: bool = True
-    metrics: tuple[Metric, ...] = ("ppl",)
+    metrics: tuple[str, ...] = ("ppl",)
     ctx: tuple[n.Context, ...] = Field(default=(512,), min_length=1)
     chunks: n.Count = 8
     ubatch: n.Tokens = 512
-    backend: Backend = "cpu"
+    backend: str = "cpu"
     anchor: tuple[str, ...] | None = None
     recent: tuple[n.TokensOrAuto, ...] = Field(default=("auto",), min_length=1)
     first: n.TokensOrAuto = "auto"
     threads: n.Threads | None = None
     timeout: n.Seconds | None = None
-    decode: DecodeSpec = DecodeSpec()
-    greedy: GreedySpec = GreedySpec()
-    needle: NeedleSpec = NeedleSpec()
 
     @model_validator(mode="before")
     @classmethod
@@ -114,8 +94,28 @@ class SweepSpec(_Strict):
         data["pairs"] = _pairs(data.pop("pairs", None), data.pop("k", None), data.pop("v", None))
         return _with_against(data)
 
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRICS:
+                raise ValueError(f"there is no metric {name!r}; known are {', '.join(METRICS)}")
+        return value
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, value: str) -> str:
+        if value not in BACKENDS:
+            raise ValueError(f"there is no backend {value!r}; known are {', '.join(BACKENDS)}")
+        return value
+
+    def options(self, metric: Metric) -> Options | None:
+        """The settings of a metric."""
+        found = getattr(self, metric.name, None)
+        return found if isinstance(found, Options) else None
+
     @model_validator(mode="after")
-    def _whole(self) -> SweepSpec:
+    def _whole(self) -> Self:
         if not self.pairs:
             raise ValueError('no K/V pairs; give pairs = ["q8_0:turbo3"] or k and v')
         if self.against and not self.reference:
@@ -123,7 +123,20 @@ class SweepSpec(_Strict):
         return self
 
 
-class Check(_Strict):
+if TYPE_CHECKING:
+
+    class SweepSpec(_Sweep):
+        """See `_Sweep`."""
+else:
+    SweepSpec = create_model(
+        "SweepSpec",
+        __base__=_Sweep,
+        __doc__=_Sweep.__doc__,
+        **{m.name: (m.options, m.options()) for m in METRICS.values() if m.options},
+    )
+
+
+class _Check(_Strict):
     """One gate check. Every bound given must hold for every cell the patterns match.
 
     Attributes:
@@ -131,7 +144,7 @@ class Check(_Strict):
         model: pattern on the model's name.
         anchor: pattern on the anchor asked for.
         recent: the exact window's size in tokens; None: any.
-        max_ppl, max_delta_pct, max_kld, min_same_top_pct, max_decode_pct: bounds on a number.
+        max_ppl, max_delta_pct: bounds on a number, beside those of the metrics (`Bound.key`).
         against: pair that max_delta_pct compares with; None: the sweep's. Older files call it `baseline`.
         must_fail: turns the check round: at least one bound must be broken, by a number.
         status: the status that is expected instead of a number, e.g. "nan".
@@ -145,9 +158,6 @@ class Check(_Strict):
     against: tuple[str, str] | None = None
     max_ppl: n.Perplexity | None = None
     max_delta_pct: n.Percent | None = None
-    max_kld: n.Nats | None = None
-    min_same_top_pct: n.SharePct | None = None
-    max_decode_pct: n.PositivePercent | None = None
     must_fail: bool = False
     status: str | None = None
 
@@ -164,7 +174,7 @@ class Check(_Strict):
         return _with_against(data)
 
     @model_validator(mode="after")
-    def _bounded(self) -> Check:
+    def _bounded(self) -> Self:
         if not self.bounds() and self.status is None:
             raise ValueError("a check needs a bound (max_ppl, max_delta_pct, …) or a status")
         if self.status is not None and (self.bounds() or self.must_fail):
@@ -173,8 +183,21 @@ class Check(_Strict):
 
     def bounds(self) -> dict[str, float]:
         """The bounds given, by field name."""
-        names = ("max_ppl", "max_delta_pct", "max_kld", "min_same_top_pct", "max_decode_pct")
+        names = ("max_ppl", "max_delta_pct", *metric_bounds())
         return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+
+if TYPE_CHECKING:
+
+    class Check(_Check):
+        """See `_Check`."""
+else:
+    Check = create_model(
+        "Check",
+        __base__=_Check,
+        __doc__=_Check.__doc__,
+        **{key: (bound.kind | None, None) for key, (_, bound) in metric_bounds().items()},
+    )
 
 
 class GateSpec(_Strict):

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from turbo_eval.metrics import references
 from turbo_eval.metrics.job import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
-from turbo_eval.records.reference import references
 from turbo_eval.records.store import Store
 from turbo_eval.scale.client.placement import Group
 from turbo_eval.util.process import relevant_environment

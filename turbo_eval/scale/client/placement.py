@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from turbo_eval.metrics import references
 from turbo_eval.records.record import Cell
-from turbo_eval.records.reference import comparison, references
+from turbo_eval.records.reference import comparison
 
 
 @dataclass

@@ -26,8 +26,9 @@ from turbo_eval.llama.backends import backend as find_backend
 from turbo_eval.llama.backends import first_here
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect, machine
+from turbo_eval.metrics import metric
+from turbo_eval.metrics.base import Bench, OnProgress
 from turbo_eval.metrics.job import Job
-from turbo_eval.metrics.perplexity import Bench, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.store import Store
 from turbo_eval.scale import entry, guard
@@ -47,7 +48,6 @@ from turbo_eval.scale.wire import (
 )
 from turbo_eval.scale.worker.content import Content, RefusedError
 from turbo_eval.scale.worker.tree import matching_build
-from turbo_eval.sweep.run import measurer
 from turbo_eval.util.process import relevant_environment
 
 # A cell whose sweep is gone goes on for this long: the sweep, started again, may still want it.
@@ -213,11 +213,10 @@ class Cells:
         self.say({"ticket": asked.ticket, "event": "begin", "worker": self.address()})
         store = Store(Path(self._scratch.name), self.device.machine)
         try:
-            for reference in asked.references:
-                store.write(reference)
             threads = min(asked.threads or self._threads, self._threads)
             bench = Bench(build, provenance, store, threads, asked.timeout)
-            record = measurer(job)(job, bench, self._follow(asked.ticket))
+            measure = metric(job.cell.metric).measure
+            record = measure(job, bench, self._follow(asked.ticket), asked.references)
             log = store.log_path(job.cell).read_text(encoding="utf-8", errors="replace")
             return Measured(worker=self.address(), record=record, log=log[-LOG_LIMIT:])
         finally:
