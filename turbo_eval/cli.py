@@ -9,24 +9,108 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from turbo_eval.errors import TurboEvalError
 from turbo_eval.util.terminal import speak_plainly
 
-# Order is the order in --help. A module is added here when it exists.
-COMMANDS: tuple[str, ...] = (
-    *("init", "doctor", "source", "patches", "build", "bindings", "models", "corpora"),
-    *("plan", "sweep", "worker", "table", "gate", "show", "results", "recommend", "bench", "report"),
-    *("selftest", "compare", "bisect", "probe", "calibrate", "anchor", "codebooks"),
-)
+_PREPARE = "Prepare"
+# Name → panel of --help and the first sentence of the command's own help (a test compares them), in the
+# order of --help. Each is a module of commands/, loaded when it is called: a new one is a module and a line.
+COMMANDS: dict[str, tuple[str | None, str]] = {
+    "plan": (None, "Show the cells of a sweep without running them."),
+    "sweep": (None, "Measure K/V cache-type pairs and write one record a cell."),
+    "worker": (
+        None,
+        "Measure cells for sweeps on other machines, one at a time, until the scheduler goes.",
+    ),
+    "table": (None, "Compare what is on record: K × V with ΔPPL, error bars, bits and sizes."),
+    "gate": (None, "Judge the records of this machine and build against a config's checks."),
+    "show": (None, "Print a record and the command that reproduces it by hand."),
+    "recommend": (None, "Name the cheapest K/V pair for a model that is certainly within a bound."),
+    "bench": (None, "Measure prefill and decode speed over depth, interleaved with f16 of the same build."),
+    "report": (None, "Write index.html (self-contained), report.md and figures/ (SVG, PNG)."),
+    "selftest": (
+        None,
+        "Check a build's turbo types and kernels against references that share no code with it.",
+    ),
+    "compare": (
+        None,
+        "Compare two sets of records cell by cell: machines, builds, pins, backends, settings.",
+    ),
+    "bisect": (
+        None,
+        "Find the first revision at which a cell becomes bad: build, run the cell, tell `git bisect`.",
+    ),
+    "probe": (None, "Find the first layer and tensor where a cache goes wrong."),
+    "codebooks": (
+        None,
+        "Codebooks of turbo3 and turbo4, their MSE on unit Gaussians and the limits they stand against.",
+    ),
+    "results": (None, "List, prune and export what is on record."),
+    "anchor": (None, "What the K anchor is about and what it does."),
+    "init": (
+        _PREPARE,
+        "Set a folder up for turbo-eval: workflows for CI, a sweep with its gate, a short how-to.",
+    ),
+    "doctor": (_PREPARE, "What is here, what is missing, and the command that fixes it."),
+    "source": (_PREPARE, "Fill llama.cpp/ with upstream at the pinned commit."),
+    "build": (_PREPARE, "Build llama.cpp for one backend into build/BACKEND/bin."),
+    "bindings": (
+        _PREPARE,
+        "Install llama-cpp-python for the metrics that generate text: greedy and needle.",
+    ),
+    "calibrate": (_PREPARE, "Measure Q and K of a model on a text, for the K anchor."),
+    "patches": (_PREPARE, "The patch series: what this fork adds to llama.cpp."),
+    "models": (_PREPARE, "Models by name (configs/models.toml) or path."),
+    "corpora": (_PREPARE, "Texts by name (configs/corpora.toml) or path."),
+}
 
 # What a full, read-only or wrongly named disk answers; anything else is a bug and shows itself.
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
 }
 
+
+class _Commands(TyperGroup):
+    """The commands by name; --help lists them without loading one."""
+
+    _listing = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # typer looks here for what a mistyped name may have meant
+        self.commands = {
+            name: TyperCommand(name, help=text, rich_help_panel=panel)
+            for name, (panel, text) in COMMANDS.items()
+        }
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        return self.commands[cmd_name] if self._listing else load(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
+
+
+def load(name: str) -> Any:
+    """The command as typer made it of its module."""
+    alone = typer.Typer(rich_markup_mode="rich")
+    import_module(f"turbo_eval.commands.{name}").register(alone)
+    return typer.main.get_group(alone).commands[name]
+
+
 app = typer.Typer(
     name="turbo-eval",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -54,7 +138,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from turbo_eval.llama.provenance import harness
+        from turbo_eval.llama.provenance import harness  # --help does without
 
         print(f"turbo-eval {harness()} ({_made_for()})")
         raise typer.Exit
@@ -62,7 +146,7 @@ def _show_version(wanted: bool) -> None:
 
 def _made_for() -> str:
     """Which llama.cpp and which patches: what makes one turbo-eval build another tree than the next."""
-    from turbo_eval.llama import patches, source
+    from turbo_eval.llama import patches, source  # as above
 
     series, digest = patches.read_series(), patches.series_sha256()
     return f"llama.cpp {source.shipped_pin()[:12]}, {len(series)} patches {digest[:12]}"
@@ -75,10 +159,6 @@ def _root(
     ),
 ) -> None:
     pass
-
-
-for _name in COMMANDS:
-    import_module(f"turbo_eval.commands.{_name}").register(app)
 
 
 def main() -> None:
