@@ -7,7 +7,7 @@ def __getattr__(name: str) -> str:
     """`__version__`, asked when it is wanted: reading package metadata is slow beside `--help`."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 slow beside --help
 
     try:
         return version("turbo-eval")

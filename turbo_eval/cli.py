@@ -138,7 +138,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from turbo_eval.llama.provenance import harness  # --help does without
+        from turbo_eval.llama.provenance import harness  # noqa: PLC0415 --help does without
 
         print(f"turbo-eval {harness()} ({_made_for()})")
         raise typer.Exit
@@ -146,7 +146,7 @@ def _show_version(wanted: bool) -> None:
 
 def _made_for() -> str:
     """Which llama.cpp and which patches: what makes one turbo-eval build another tree than the next."""
-    from turbo_eval.llama import patches, source  # as above
+    from turbo_eval.llama import patches, source  # noqa: PLC0415 --help does without
 
     series, digest = patches.read_series(), patches.series_sha256()
     return f"llama.cpp {source.shipped_pin()[:12]}, {len(series)} patches {digest[:12]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import toy as toys
+from turbo_eval import commands
+from turbo_eval.cli import COMMANDS, load
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError, UsageError
 from turbo_eval.llama.build import find_build
 from turbo_eval.util import paths
@@ -53,6 +56,25 @@ def test_help_shows_every_command() -> None:
     assert all(
         name in text for name in ("doctor", "source", "patches", "build", "models", "corpora", "sweep")
     )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_what_the_command_says_of_itself(name: str) -> None:
+    panel, summary = COMMANDS[name]
+    command = load(name)
+    said = " ".join((command.help or "").strip().split("\n\n")[0].split())
+    assert (command.name, said) == (name, summary)
+    assert panel in (getattr(command, "rich_help_panel", None), None)
+
+
+def test_every_module_of_commands_is_in_the_registry() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(commands.__path__)}
+    assert modules - {"options", "_assets"} == set(COMMANDS)
+
+
+def test_a_mistyped_command_is_one_sentence() -> None:
+    done = call("sweeep")
+    assert done.returncode == 2 and "did you mean 'sweep'" in done.stderr.lower()
 
 
 def test_unwritable_cache_is_one_sentence(tmp_path: Path) -> None:

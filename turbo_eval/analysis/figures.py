@@ -55,8 +55,8 @@ def pareto(rows: Sequence[Summary]) -> list[Summary]:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
+    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -144,8 +144,8 @@ def heat_value(row: Summary, value: str) -> float | None:
 
 def speed_figure(records: Sequence[BenchRecord]) -> Figure:
     """Tokens/s (above) and ratio to f16 of the same rounds (below) against depth."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
+    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -175,7 +175,7 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
 
 def inline_svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element whose ink is the page's text colour."""
-    import matplotlib
+    import matplotlib  # noqa: PLC0415 half a second, for figures alone
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "turbo-eval"}):

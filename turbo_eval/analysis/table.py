@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from turbo_eval.analysis.summary import Summary, environment, said_of_reference, threads
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.metrics import METRICS
 from turbo_eval.metrics.base import Column
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.console import Group
-
 
 def to_frame(rows: Sequence[Summary]) -> pd.DataFrame:
     """One row a pair and setting; columns that hold nothing for any row are left out."""
-    import pandas as pd
 
     data = [_columns(row) for row in rows]
     frame = pd.DataFrame(data)
@@ -73,7 +74,6 @@ def _columns(row: Summary) -> dict[str, Any]:
 def wide(rows: Sequence[Summary], column: str = "PPL") -> pd.DataFrame:
     """K × V matrix of one setting's `column` ("PPL", "ΔPPL %" or "KLD") as text; failed cells show
     their status, pairs without a cell "·"."""
-    import pandas as pd
 
     frame = pd.DataFrame([_columns(row) for row in rows])
     frame["shown"] = [
@@ -172,10 +172,6 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
 
     What doesn't fit is left out, least telling first; the other formats hold everything.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     frame = to_frame(rows)
     caption, columns, lines = for_people(frame)

@@ -95,7 +95,7 @@ def table(found: Sequence[Effect]) -> str:
 
 def plot(found: Sequence[Effect]) -> Figure:
     """PPL relative to f16's (above) and mean KLD (below), off and on: a column a model, logarithmic."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
     found = [e for e in found if (e.k, e.v) != ("f16", "f16")]
     settings = list(dict.fromkeys((e.model, e.ctx, e.chunks) for e in found))

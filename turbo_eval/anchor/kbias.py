@@ -128,7 +128,7 @@ def plot(biases: list[KBias], ctx: int = 512) -> Figure:
 
     The line is where θ·ctx/2 = 0.7 rad: pairs beyond it hardly turn within `ctx` tokens.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
     figure = Figure(figsize=(5.2 * len(biases), 4.2), layout="constrained")
     for axes, bias in zip(np.atleast_1d(figure.subplots(1, len(biases))), biases, strict=True):

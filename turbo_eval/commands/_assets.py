@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from turbo_eval.errors import TurboEvalError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from turbo_eval.inputs.registry import Entry
+from turbo_eval.inputs.registry import Entry
 
 
 class Asset(Protocol):
@@ -35,7 +33,6 @@ class Resolve(Protocol):
 
 def listing(entries: Mapping[str, Entry], resolve: Resolve, default: str = "") -> Table:
     """One row an entry: name, what it is, size, whether it is here, where it comes from."""
-    from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "what", "size", "here", "from"):
@@ -73,7 +70,6 @@ def group(
 
     @commands.command("list", help=page(f"The {what} known by name, and which are here.", "list"))
     def list_() -> None:
-        from rich.console import Console
 
         Console(soft_wrap=True, highlight=False).print(listing(entries(), resolve, default()))
 

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 
+from turbo_eval.anchor import effect as effects
+from turbo_eval.anchor import kbias
+from turbo_eval.errors import IncompleteError, UsageError
+from turbo_eval.inputs.models import resolve_model
+from turbo_eval.records.store import read_all
 from turbo_eval.util import numbers as n
+from turbo_eval.util.files import writing
+from turbo_eval.util.paths import results_dir
 
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the plot there (PNG, SVG, PDF).", show_default=False)
@@ -21,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval anchor bias qwen2.5-coder-1.5b --out bias.png
 
-          turbo-eval anchor effect results/my-machine --out effect.png
+          turbo-eval anchor effect results/my-machine --out effects.png
         """,
     )
     group.command(
@@ -33,7 +41,7 @@ def register(app: typer.Typer) -> None:
     group.command(
         help="""Perplexity and KL divergence by pair from the records, anchor off and on.
 
-          turbo-eval anchor effect results/my-machine --out effect.png
+          turbo-eval anchor effect results/my-machine --out effects.png
         """
     )(effect)
     app.add_typer(group, name="anchor")
@@ -51,8 +59,6 @@ def bias(
     ] = 512,
     out: Out = None,
 ) -> None:
-    from turbo_eval.anchor import kbias
-    from turbo_eval.inputs.models import resolve_model
 
     biases = [kbias.read_kbias(resolve_model(name).path) for name in model]
     for found in biases:
@@ -68,26 +74,18 @@ def effect(
     on: Annotated[str, typer.Option(help="The anchor that counts as on, as asked for.")] = "auto",
     out: Out = None,
 ) -> None:
-    from turbo_eval.anchor import effect
-    from turbo_eval.errors import IncompleteError
-    from turbo_eval.records.store import read_all
-    from turbo_eval.util.paths import results_dir
 
-    found = effect.effects(read_all(results or [results_dir()]), on)
+    found = effects.effects(read_all(results or [results_dir()]), on)
     if not found:
         raise IncompleteError(
             "there are no KL-divergence records", 'run a sweep with metrics = ["kld"] and both anchor states'
         )
-    print(effect.table(found))
+    print(effects.table(found))
     if out:
-        _save(effect.plot(found), out)
+        _save(effects.plot(found), out)
 
 
 def _save(figure: object, out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from turbo_eval.errors import UsageError
-    from turbo_eval.util.files import writing
 
     assert isinstance(figure, Figure)
     if out.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():

@@ -5,21 +5,38 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
+from turbo_eval.analysis.figures import save, speed_figure
+from turbo_eval.analysis.staleness import moved_on
+from turbo_eval.bench.run import (
+    UNVERIFIED,
+    BenchPlan,
+    BenchRecord,
+    pair_label,
+    quality,
+    quality_words,
+    run_bench,
+)
 from turbo_eval.commands import options as o
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.inputs.models import resolve_model
+from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
+from turbo_eval.llama.provenance import collect
+from turbo_eval.llama.tool import capabilities, check_types
+from turbo_eval.records.record import Record
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, check_window
 from turbo_eval.util import numbers as n
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.table import Table
-
-    from turbo_eval.bench.run import BenchRecord
-    from turbo_eval.records.record import Record
+from turbo_eval.util.paths import results_dir
 
 
 def register(app: typer.Typer) -> None:
@@ -73,17 +90,6 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: .svg or .png.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.analysis.staleness import moved_on
-    from turbo_eval.bench.run import BenchPlan, run_bench
-    from turbo_eval.errors import UsageError
-    from turbo_eval.formats.cache_types import parse_pair
-    from turbo_eval.inputs.models import resolve_model
-    from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
-    from turbo_eval.llama.provenance import collect
-    from turbo_eval.llama.tool import capabilities, check_types
-    from turbo_eval.records.store import Store
-    from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, check_window
-    from turbo_eval.util.paths import results_dir
 
     if (model is None) == (synthetic is None):
         raise UsageError("name a model or a synthetic shape", "give --model or --synthetic, not both")
@@ -134,12 +140,8 @@ def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool
     if as_json:
         print(json.dumps(_rows(records, known), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        from rich.console import Console
-
         Console().print(speed_table(records, known))
     if plot is not None:
-        from turbo_eval.analysis.figures import save, speed_figure
-
         save(speed_figure(records), plot)
     failed = [r for r in records if r.status != "ok"]
     for record in failed:
@@ -151,7 +153,6 @@ def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool
 
 
 def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[str, object]]:
-    from turbo_eval.bench.run import UNVERIFIED, quality
 
     rows: list[dict[str, object]] = []
     for record in records:
@@ -166,10 +167,6 @@ def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[
 
 def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Table:
     """Medians and ratios to f16 in the same rounds, with the quality on record beside them."""
-    from rich import box
-    from rich.table import Table
-
-    from turbo_eval.bench.run import UNVERIFIED, pair_label, quality, quality_words
 
     columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
     table = Table(*columns, box=box.SIMPLE_HEAD)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from turbo_eval.llama import bindings, source
+
 
 def register(app: typer.Typer) -> None:
     @app.command("bindings", rich_help_panel="Prepare")
@@ -16,7 +18,6 @@ def register(app: typer.Typer) -> None:
 
         turbo-eval bindings
         """
-        from turbo_eval.llama import bindings, source
 
         made = bindings.install()
         if made or not quiet:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from turbo_eval.bisect import Bisection, Condition
+from turbo_eval.bisect.builder import Builder
+from turbo_eval.bisect.history import open_history, series_commits
 from turbo_eval.commands import options as o
-
-if TYPE_CHECKING:
-    from turbo_eval.bisect import Bisection
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.sweep.spec import sweep_spec
 
 
 def register(app: typer.Typer) -> None:
@@ -61,12 +64,6 @@ def bisect(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show steps and estimate, run nothing.")] = False,
 ) -> None:
-    from turbo_eval.bisect import Bisection, Condition
-    from turbo_eval.bisect.builder import Builder
-    from turbo_eval.bisect.history import open_history, series_commits
-    from turbo_eval.errors import UsageError
-    from turbo_eval.formats.cache_types import parse_pair
-    from turbo_eval.sweep.spec import sweep_spec
 
     condition = Condition(bad_if)
     pair = parse_pair(cell)
@@ -113,7 +110,6 @@ def bisect(
 
 
 def _series_ends(commits: list[str], good: str | None, bad: str | None) -> tuple[str, str]:
-    from turbo_eval.errors import UsageError
 
     def end(text: str | None, default: int) -> str:
         try:

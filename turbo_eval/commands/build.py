@@ -6,6 +6,9 @@ import time
 
 import typer
 
+from turbo_eval.llama import build as builds
+from turbo_eval.llama.provenance import machine
+
 
 def register(app: typer.Typer) -> None:
     @app.command("build", rich_help_panel="Prepare")
@@ -42,11 +45,8 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval build cpu --no-patches
         """
-        from turbo_eval.llama import build as builds
 
         if key:
-            from turbo_eval.llama.provenance import machine
-
             made_of = builds.stamp(backend, cuda_archs=cuda_archs, extra=option, patched=patched)
             print(f"{backend}-{machine().id}-{made_of[:20]}")
             return

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from turbo_eval.anchor import calibrate as calibration
 from turbo_eval.commands import options as o
+from turbo_eval.inputs.corpora import default_name, resolve_corpus
+from turbo_eval.inputs.models import resolve_model
 
 
 def register(app: typer.Typer) -> None:
@@ -37,9 +40,6 @@ def calibrate(
     backend: o.Backend = None,
     bin_dir: o.BinDir = None,
 ) -> None:
-    from turbo_eval.anchor import calibrate as calibration
-    from turbo_eval.inputs.corpora import default_name, resolve_corpus
-    from turbo_eval.inputs.models import resolve_model
 
     build = o.load_build(backend or "cpu", bin_dir)
     build.tool(calibration.TOOL)  # before anything is downloaded

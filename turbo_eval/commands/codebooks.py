@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from turbo_eval.errors import RegressionError
+from turbo_eval.formats.cache_types import BOOKS
+from turbo_eval.formats.codebooks import derive as derive_codebook
+from turbo_eval.formats.codebooks import encode, gaussians, mse
 
 
 def register(app: typer.Typer) -> None:
@@ -21,14 +29,6 @@ def codebooks(
 
     [bold]Example[/bold]  turbo-eval codebooks --derive
     """
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
-
-    from turbo_eval.errors import RegressionError
-    from turbo_eval.formats.cache_types import BOOKS
-    from turbo_eval.formats.codebooks import derive as derive_codebook
-    from turbo_eval.formats.codebooks import encode, gaussians, mse
 
     table = Table("type", "bpv", "magnitudes", "MSE (2^20 unit Gaussians)", "rate-distortion limit")
     if derive:

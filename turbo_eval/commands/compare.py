@@ -6,6 +6,10 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from turbo_eval.analysis.compare import compare as compare_sides
+from turbo_eval.analysis.compare import read_side, render
 
 
 class Form(StrEnum):
@@ -38,8 +42,6 @@ def compare(
     b: Annotated[str, typer.Argument(help="Results of side B.")],
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.rich,
 ) -> None:
-    from turbo_eval.analysis.compare import compare as compare_sides
-    from turbo_eval.analysis.compare import read_side, render
 
     result = compare_sides(read_side(a), read_side(b))
     if form is Form.markdown:
@@ -47,8 +49,6 @@ def compare(
     elif form is Form.json:
         print(render.render_json(result), end="")
     else:
-        from rich.console import Console
-
         Console().print(render.render_rich(result))
     if result.differing:
         raise typer.Exit(1)

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import typer
 
 from turbo_eval.commands import _assets
-
-if TYPE_CHECKING:
-    from turbo_eval.inputs.corpora import CorpusFile
-    from turbo_eval.inputs.registry import Entry
+from turbo_eval.inputs import corpora
+from turbo_eval.inputs.corpora import CorpusFile
+from turbo_eval.inputs.registry import Entry
 
 
 def _registry() -> Mapping[str, Entry]:
-    from turbo_eval.inputs import corpora
 
     return corpora.registry()
 
 
 def _resolve(name_or_path: str, *, download: bool = True) -> CorpusFile:
-    from turbo_eval.inputs import corpora
 
     return corpora.resolve_corpus(name_or_path, download=download)
 
 
 def _default() -> str:
-    from turbo_eval.inputs import corpora
 
     return corpora.default_name()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from turbo_eval.setup.doctor import Finding
+from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.setup import doctor
+from turbo_eval.setup.doctor import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -25,15 +26,11 @@ def register(app: typer.Typer) -> None:
 
         turbo-eval doctor --json
         """
-        from turbo_eval.errors import EnvironmentProblem
-        from turbo_eval.setup import doctor
 
         findings = list(doctor.examine())
         if as_json:
             print(json.dumps([asdict(finding) for finding in findings], indent=1))
         else:
-            from rich.console import Console
-
             Console(soft_wrap=True, highlight=False).print(_table(findings))
         missing = [finding for finding in findings if finding.required and not finding.ok]
         if missing:
@@ -42,8 +39,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _table(findings: list[Finding]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):

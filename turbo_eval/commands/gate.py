@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
+from turbo_eval.analysis.gate import run_gate
+from turbo_eval.analysis.staleness import moved_on
+from turbo_eval.analysis.verdict import render_verdict
 from turbo_eval.commands import options as o
+from turbo_eval.llama.provenance import machine
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import make_plan
+from turbo_eval.sweep.spec import load_gate
+from turbo_eval.util.files import atomic_write
+from turbo_eval.util.paths import results_dir
 
 
 def register(app: typer.Typer) -> None:
@@ -37,14 +46,6 @@ def gate(
         typer.Option(help="Write verdict and table there, for a pull request.", show_default=False),
     ] = None,
 ) -> None:
-    from turbo_eval.analysis.gate import run_gate
-    from turbo_eval.analysis.staleness import moved_on
-    from turbo_eval.llama.provenance import machine
-    from turbo_eval.records.store import Store
-    from turbo_eval.sweep.plan import make_plan
-    from turbo_eval.sweep.spec import load_gate
-    from turbo_eval.util.files import atomic_write
-    from turbo_eval.util.paths import results_dir
 
     spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
@@ -52,8 +53,6 @@ def gate(
     o.warn(*plan.notes)
     outcome = run_gate(spec, plan, Store(results or results_dir(), machine().id), moved_on(build))
     if markdown is not None:
-        from turbo_eval.analysis.verdict import render_verdict
-
         with atomic_write(markdown) as stream:
             stream.write(render_verdict(spec, outcome).encode())
     for sentence in outcome.judged:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import typer
 
+from turbo_eval.setup.init import init
+from turbo_eval.util.project import load
+
 
 def register(app: typer.Typer) -> None:
     @app.command("init", rich_help_panel="Prepare")
@@ -33,8 +36,6 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval init demo
         """
-        from turbo_eval.setup.init import init
-        from turbo_eval.util.project import load
 
         files = init(folder, patched=patched, package=package, force=force)
         settings = load(folder.expanduser().resolve()).settings

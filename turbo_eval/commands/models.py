@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import typer
 
 from turbo_eval.commands import _assets
-
-if TYPE_CHECKING:
-    from turbo_eval.inputs.models import ModelFile
-    from turbo_eval.inputs.registry import Entry
+from turbo_eval.inputs import models
+from turbo_eval.inputs.models import ModelFile
+from turbo_eval.inputs.registry import Entry
 
 
 def _registry() -> Mapping[str, Entry]:
-    from turbo_eval.inputs import models
 
     return models.registry()
 
 
 def _resolve(name_or_path: str, *, download: bool = True) -> ModelFile:
-    from turbo_eval.inputs import models
 
     return models.resolve_model(name_or_path, download=download)
 
 
 def _describe(found: _assets.Asset) -> str:
-    from turbo_eval.inputs.models import ModelFile
 
     if not isinstance(found, ModelFile):
         return ""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.llama.backends import BACKENDS
+from turbo_eval.llama.build import Build, find_build
+from turbo_eval.sweep.spec import load_sweep_data, sweep_spec
 from turbo_eval.util import numbers as n
 
 Config = Annotated[
@@ -189,7 +194,6 @@ def one_window(name: str, text: str) -> int | Literal["auto"]:
     Raises:
         UsageError: anything else.
     """
-    from turbo_eval.errors import UsageError
 
     sizes = n.tokens_or_auto(name, text)
     if len(sizes) > 1:
@@ -199,7 +203,6 @@ def one_window(name: str, text: str) -> int | Literal["auto"]:
 
 def merged(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The config file's sweep with the options laid over it."""
-    from turbo_eval.sweep.spec import load_sweep_data
 
     data = load_sweep_data(config) if config else {"name": "command line"}
     if "models" in given:
@@ -221,8 +224,6 @@ def load_spec(config: Path | None, given: dict[str, Any]) -> Any:
     Raises:
         UsageError: bad config, or neither a config nor pairs.
     """
-    from turbo_eval.errors import UsageError
-    from turbo_eval.sweep.spec import sweep_spec
 
     if config is None and not any(key in given for key in ("pairs", "k", "v")):
         raise UsageError("nothing to sweep", "give a config such as configs/demo.toml, or --pairs")
@@ -236,7 +237,6 @@ def load_build(backend: str, bin_dir: Path | None) -> Any:
         EnvironmentProblem: not built.
         UsageError: no llama.cpp in `bin_dir`.
     """
-    from turbo_eval.llama.build import Build, find_build
 
     return Build.from_bin_dir(bin_dir) if bin_dir else find_build(backend)
 
@@ -248,11 +248,6 @@ def load_build_to_plan(backend: str, bin_dir: Path | None, *, remote: bool) -> A
     Raises:
         EnvironmentProblem, UsageError: as `load_build`.
     """
-    from dataclasses import replace
-
-    from turbo_eval.errors import EnvironmentProblem
-    from turbo_eval.llama.backends import BACKENDS
-    from turbo_eval.llama.build import find_build
 
     try:
         return load_build(backend, bin_dir)

@@ -6,6 +6,12 @@ import subprocess
 import sys
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from turbo_eval.errors import RegressionError
+from turbo_eval.llama import patches
+from turbo_eval.util import paths, python
 
 group = typer.Typer(
     no_args_is_help=True,
@@ -32,10 +38,6 @@ def status() -> None:
 
     turbo-eval patches status
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from turbo_eval.llama import patches
 
     now = patches.status()
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -59,7 +61,6 @@ def apply(
 
     turbo-eval patches apply --force
     """
-    from turbo_eval.llama import patches
 
     now = patches.apply(force=force)
     print(
@@ -73,7 +74,6 @@ def refresh() -> None:
 
     turbo-eval patches refresh && git diff --stat patches
     """
-    from turbo_eval.llama import patches
 
     changes = patches.refresh()
     print("\n".join(changes) if changes else "nothing changed")
@@ -85,8 +85,6 @@ def check() -> None:
 
     turbo-eval patches check
     """
-    from turbo_eval.errors import RegressionError
-    from turbo_eval.llama import patches
 
     problems = patches.check()
     for problem in problems:
@@ -106,9 +104,6 @@ def rebase(
 
     turbo-eval patches rebase b10234
     """
-    from turbo_eval.errors import RegressionError
-    from turbo_eval.llama import patches
-    from turbo_eval.util import paths, python
 
     now = patches.rebase(revision)
     print(f"{len(now.patches)} patches now on {now.pin}")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
+from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.commands import options as o
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
-    from turbo_eval.sweep.plan import Plan
+from turbo_eval.llama.provenance import machine
+from turbo_eval.metrics.base_logits import BaseLogits
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import Plan, estimate_seconds, make_plan
+from turbo_eval.util.paths import results_dir
 
 
 def register(app: typer.Typer) -> None:
@@ -45,14 +49,6 @@ def plan(
     bin_dir: o.BinDir = None,
     results: o.Results = None,
 ) -> None:
-    from rich.console import Console
-
-    from turbo_eval.analysis.staleness import moved_on
-    from turbo_eval.llama.provenance import machine
-    from turbo_eval.metrics.base_logits import BaseLogits
-    from turbo_eval.records.store import Store
-    from turbo_eval.sweep.plan import estimate_seconds, make_plan
-    from turbo_eval.util.paths import results_dir
 
     given = o.overrides(
         models=model,
@@ -101,10 +97,6 @@ def plan(
 def cells_table(plan: Plan, status: Mapping[str, str], seconds: Mapping[str, float], width: int) -> Group:
     """The cells with estimate and record. What doesn't fit into `width` columns is said once for all cells
     where it is the same for all, else folded."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     rows = []
     for number, job in enumerate(plan.jobs, start=1):

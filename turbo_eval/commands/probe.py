@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ from typing import Annotated
 import typer
 
 from turbo_eval.commands import options as o
+from turbo_eval.inputs.corpora import default_name, resolve_corpus
+from turbo_eval.inputs.models import resolve_model
+from turbo_eval.probe import Setup, compare, render, take
 
 
 class Form(StrEnum):
@@ -48,11 +52,6 @@ def probe(
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.markdown,
     keep: Annotated[Path | None, typer.Option(help="Keep the tensors (GGUF) and logs here.")] = None,
 ) -> None:
-    import tempfile
-
-    from turbo_eval.inputs.corpora import default_name, resolve_corpus
-    from turbo_eval.inputs.models import resolve_model
-    from turbo_eval.probe import Setup, compare, render, take
 
     setups = [Setup.parse(a), Setup.parse(b)]
     gguf, text = resolve_model(model).path, resolve_corpus(corpus or default_name()).path

@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
+from turbo_eval.analysis.ladder import Ladder, Wish
+from turbo_eval.analysis.recommend import Bound, Candidate, best, oddities
+from turbo_eval.analysis.recommend import recommend as rank
+from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.commands import options as o
+from turbo_eval.formats.window import AUTO, resolve
+from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
+from turbo_eval.inputs.models import ModelFile, resolve_model
+from turbo_eval.llama.build import Build
+from turbo_eval.llama.provenance import collect
+from turbo_eval.llama.tool import capabilities
+from turbo_eval.records.record import Record
+from turbo_eval.records.store import Store, warn_once
+from turbo_eval.sweep.plan import beyond_training
 from turbo_eval.util import numbers as n
-
-if TYPE_CHECKING:
-    from turbo_eval.analysis.recommend import Bound, Candidate
-    from turbo_eval.inputs.models import ModelFile
-    from turbo_eval.llama.build import Build
-    from turbo_eval.records.record import Record
-    from turbo_eval.records.store import Store
+from turbo_eval.util.paths import results_dir
+from turbo_eval.util.process import relevant_environment
 
 
 def register(app: typer.Typer) -> None:
@@ -88,15 +98,6 @@ def recommend(
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Only look at what is on record.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.analysis.ladder import Ladder
-    from turbo_eval.analysis.recommend import Bound
-    from turbo_eval.analysis.recommend import recommend as rank
-    from turbo_eval.analysis.staleness import moved_on
-    from turbo_eval.inputs.models import resolve_model
-    from turbo_eval.llama.provenance import collect
-    from turbo_eval.records.store import Store, warn_once
-    from turbo_eval.sweep.plan import beyond_training
-    from turbo_eval.util.paths import results_dir
 
     if max_kld is None and max_delta_ppl is None:
         max_delta_ppl = 3.0
@@ -129,8 +130,6 @@ def _asked_for(
     file: ModelFile, build: Build, backend: str, corpus: str | None, chunks: int | None, ctx: int | None
 ) -> Callable[[Record], bool]:
     """Which records count: of this model, build and environment, and of the text that was asked for."""
-    from turbo_eval.inputs.corpora import resolve_corpus
-    from turbo_eval.util.process import relevant_environment
 
     text = resolve_corpus(corpus).sha256 if corpus is not None else None
     env = relevant_environment()
@@ -152,7 +151,6 @@ def _asked_for(
 
 def _tell_of_others(store: Store, file: ModelFile, build: Build) -> None:
     """Records of other builds are not silently left out."""
-    from turbo_eval.records.store import warn_once
 
     old = [r for r in store.all() if r.cell.model_sha256 == file.sha256 and r.cell.tree != build.tree]
     if old:
@@ -174,10 +172,6 @@ def _wish(
     matches: Callable[[Record], bool],
 ) -> Any:
     """What is missing is measured as it was asked for, else as most of what is there was."""
-    from collections import Counter
-
-    from turbo_eval.analysis.ladder import Wish
-    from turbo_eval.inputs.corpora import default_name, registry
 
     known = [r.cell for r in store.all() if matches(r) and r.cell.metric in ("ppl", "kld")]
     texts = registry()
@@ -195,8 +189,6 @@ def _exit_code(ranked: Sequence[Candidate]) -> int:
 
 def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> str:
     """The command that serves the model with this cache."""
-    from turbo_eval.formats.window import AUTO, resolve
-    from turbo_eval.llama.tool import capabilities
 
     row = candidate.row
     server = build.bin_dir / "llama-server"
@@ -212,7 +204,6 @@ def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> s
 
 
 def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int) -> None:
-    from turbo_eval.analysis.recommend import best, oddities
 
     print(f"{file.name}, build {build.tree[:12]}, KV cache at {ctx} tokens:")
     good = best(ranked)
@@ -241,9 +232,6 @@ def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int)
 def _as_json(
     ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int, bound: Bound
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from turbo_eval.analysis.recommend import best, oddities
 
     def entry(candidate: Candidate) -> dict[str, Any]:
         row = candidate.row

@@ -7,6 +7,14 @@ from typing import Annotated
 
 import typer
 
+from turbo_eval.analysis import report as reports
+from turbo_eval.analysis.staleness import stale
+from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.bench.run import read_bench
+from turbo_eval.errors import IncompleteError
+from turbo_eval.records.store import read_all, warn_once
+from turbo_eval.util.paths import results_dir
+
 
 def register(app: typer.Typer) -> None:
     app.command(
@@ -26,13 +34,6 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
 ) -> None:
-    from turbo_eval.analysis import report as reports
-    from turbo_eval.analysis.staleness import stale
-    from turbo_eval.analysis.summary import by_setting, summarize
-    from turbo_eval.bench.run import read_bench
-    from turbo_eval.errors import IncompleteError
-    from turbo_eval.records.store import read_all, warn_once
-    from turbo_eval.util.paths import results_dir
 
     places = results or [results_dir()]
     records = read_all(places)

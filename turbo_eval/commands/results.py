@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import pandas as pd
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from turbo_eval.commands import options as o
-
-if TYPE_CHECKING:
-    from turbo_eval.records.record import Record
+from turbo_eval.errors import EnvironmentProblem, IncompleteError, UsageError
+from turbo_eval.records.record import Record, json_schema, read_record
+from turbo_eval.records.store import read_all, record_files
+from turbo_eval.sweep.progress import outcome
+from turbo_eval.util.files import writing
+from turbo_eval.util.paths import results_dir
 
 results_app = typer.Typer(no_args_is_help=True, help="List, prune and export what is on record.")
 
@@ -26,10 +32,6 @@ def list_(results: o.Results = None) -> None:
 
     turbo-eval results list --results results
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from turbo_eval.sweep.progress import outcome
 
     table = Table("key", "model", "K/V", "metric", "ctx", "chunks", "tree", "started", "outcome", box=None)
     for record in _records(results):
@@ -56,10 +58,6 @@ def prune(
 
     turbo-eval results prune --keep-tree 3f2a91 --unreadable
     """
-    from turbo_eval.errors import IncompleteError, UsageError
-    from turbo_eval.records.record import read_record
-    from turbo_eval.records.store import record_files
-    from turbo_eval.util.paths import results_dir
 
     if not (failed or keep_tree or unreadable):
         raise UsageError("nothing to prune was named", "give --failed, --keep-tree or --unreadable")
@@ -95,8 +93,6 @@ def export(
 
     turbo-eval results export all.parquet
     """
-    from turbo_eval.errors import EnvironmentProblem, UsageError
-    from turbo_eval.util.files import writing
 
     rows = [_flat(record) for record in _records(results)]
     if out.suffix not in (".csv", ".parquet", ".json"):
@@ -107,7 +103,6 @@ def export(
         if out.suffix == ".json":
             out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             return
-        import pandas as pd
 
         frame = pd.DataFrame(rows)
         if out.suffix == ".csv":
@@ -127,14 +122,11 @@ def schema() -> None:
 
     turbo-eval results schema > record.schema.json
     """
-    from turbo_eval.records.record import json_schema
 
     print(json_schema(), end="")
 
 
 def _records(results: Path | None) -> list[Record]:
-    from turbo_eval.records.store import read_all
-    from turbo_eval.util.paths import results_dir
 
     return read_all([results or results_dir()])
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from turbo_eval.commands import options as o
+from turbo_eval.errors import UsageError
+from turbo_eval.llama.backends import backend as find_backend
+from turbo_eval.selftest import Selftest
+from turbo_eval.selftest.checks import all_checks
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +38,6 @@ def selftest(
     failures: Annotated[bool, typer.Option("--failures", help="Print failing lines only.")] = False,
     bin_dir: o.BinDir = None,
 ) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-
-    from turbo_eval.errors import UsageError
-    from turbo_eval.llama.backends import backend as find_backend
-    from turbo_eval.selftest import Selftest
-    from turbo_eval.selftest.checks import all_checks
 
     find_backend(backend)
     names = [name for name in all_checks() if only in name]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from turbo_eval.commands import options as o
-
-if TYPE_CHECKING:
-    from turbo_eval.records.record import Record
+from turbo_eval.errors import UsageError
+from turbo_eval.metrics.base_logits import BaseLogits
+from turbo_eval.records.record import Record, read_record
+from turbo_eval.records.store import record_files
+from turbo_eval.util.paths import results_dir
 
 
 def register(app: typer.Typer) -> None:
@@ -28,13 +33,6 @@ def show(
     key: Annotated[str, typer.Argument(help="Key of the record, or its first digits.")],
     results: o.Results = None,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from turbo_eval.errors import UsageError
-    from turbo_eval.records.record import read_record
-    from turbo_eval.records.store import record_files
-    from turbo_eval.util.paths import results_dir
 
     root = results or results_dir()
     files = [p for p in record_files([root]) if p.name.split(".")[-2].startswith(key)]
@@ -60,9 +58,6 @@ def show(
 
 def _print_base_command(record: Record) -> None:
     """The f16/f16 run comes first; its log-probabilities may have left the cache since."""
-    import json
-
-    from turbo_eval.metrics.base_logits import BaseLogits
 
     path = BaseLogits.default().path(record.cell, record.machine)
     try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from turbo_eval.llama import source
+from turbo_eval.util import paths
+
 
 def register(app: typer.Typer) -> None:
     @app.command("source", rich_help_panel="Prepare")
@@ -25,8 +28,6 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval source --sdist
         """
-        from turbo_eval.llama import source
-        from turbo_eval.util import paths
 
         if sdist_path:
             print(source.ensure_sdist())

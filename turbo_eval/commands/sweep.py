@@ -7,17 +7,29 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
+from turbo_eval.analysis.staleness import moved_on
+from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.analysis.table import json_rows, render_rich
 from turbo_eval.commands import options as o
-
-if TYPE_CHECKING:
-    from turbo_eval.records.provenance import Provenance
-    from turbo_eval.scale.target import Target, TlsFiles
-    from turbo_eval.sweep.plan import Plan
-    from turbo_eval.sweep.run import Reporter, SweepResult
+from turbo_eval.llama.provenance import collect
+from turbo_eval.records.provenance import Provenance
+from turbo_eval.records.reference import References
+from turbo_eval.records.store import Store
+from turbo_eval.scale import require_distributed
+from turbo_eval.scale.client.cluster import Cluster
+from turbo_eval.scale.client.executor import Patience, run_on_cluster
+from turbo_eval.scale.client.pool import pool
+from turbo_eval.scale.target import Target, TlsFiles, parse_target, security
+from turbo_eval.sweep.plan import Plan, make_plan
+from turbo_eval.sweep.progress import live
+from turbo_eval.sweep.run import Reporter, SweepResult, run_sweep
+from turbo_eval.util.paths import results_dir
+from turbo_eval.util.process import seconds_in_children
 
 
 def register(app: typer.Typer) -> None:
@@ -77,12 +89,6 @@ def sweep(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-    from turbo_eval.analysis.staleness import moved_on
-    from turbo_eval.llama.provenance import collect
-    from turbo_eval.scale.target import TlsFiles, parse_target
-    from turbo_eval.sweep.plan import make_plan
-    from turbo_eval.sweep.progress import live
-    from turbo_eval.util.paths import results_dir
 
     target = parse_target(scheduler, jobs)
     spec = o.load_spec(
@@ -127,10 +133,6 @@ def sweep(
 
 def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bool) -> bool:
     """Print the table and a line for each failed cell; whether there is none."""
-    from turbo_eval.analysis.summary import by_setting, summarize
-    from turbo_eval.analysis.table import json_rows, render_rich
-    from turbo_eval.records.reference import References
-    from turbo_eval.records.store import Store
 
     store = Store(root, machine)
     references = References.in_store(store, plan.spec.against, wanted=plan.spec.reference)
@@ -140,8 +142,6 @@ def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bo
         data = [by_key[record.key] for record in result.records]
         print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        from rich.console import Console
-
         console = Console()
         for _, group in by_setting(rows):
             console.print(render_rich(group, console.width))
@@ -159,9 +159,6 @@ def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bo
 
 def _here(plan: Plan, provenance: Provenance, root: Path, reporter: Reporter, fresh: bool) -> SweepResult:
     """One cell after the other, in this process."""
-    from turbo_eval.records.store import Store
-    from turbo_eval.sweep.run import run_sweep
-    from turbo_eval.util.process import seconds_in_children
 
     store = Store(root, provenance.machine.id)
     began, before = time.monotonic(), seconds_in_children()
@@ -190,13 +187,8 @@ def _spread(
     patience: float,
 ) -> SweepResult:
     """On the workers of a scheduler, which for local:N is started here."""
-    from turbo_eval.scale import require_distributed
 
     require_distributed()
-    from turbo_eval.scale.client.cluster import Cluster
-    from turbo_eval.scale.client.executor import Patience, run_on_cluster
-    from turbo_eval.scale.client.pool import pool
-    from turbo_eval.scale.target import security
 
     began = time.monotonic()
     with ExitStack() as stack:

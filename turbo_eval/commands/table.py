@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from turbo_eval.analysis import table as tables
+from turbo_eval.analysis.staleness import stale
+from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.commands import options as o
+from turbo_eval.errors import IncompleteError
+from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.records.store import read_all, warn_once
+from turbo_eval.util.paths import results_dir
 
 
 class Format(StrEnum):
@@ -49,13 +57,6 @@ def table(
     against: o.Against = None,
     matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
-    from turbo_eval.analysis import table as tables
-    from turbo_eval.analysis.staleness import stale
-    from turbo_eval.analysis.summary import by_setting, summarize
-    from turbo_eval.errors import IncompleteError
-    from turbo_eval.formats.cache_types import parse_pair
-    from turbo_eval.records.store import read_all, warn_once
-    from turbo_eval.util.paths import results_dir
 
     records = read_all(results or [results_dir()])
     if not records:
@@ -67,8 +68,6 @@ def table(
         names = {Matrix.ppl: "PPL", Matrix.delta: "ΔPPL %", Matrix.kld: "KLD"}
         print("\n".join(tables.render_matrix(group, names[matrix]) for _, group in by_setting(rows)))
     elif form is Format.rich:
-        from rich.console import Console
-
         console = Console()
         for _, group in by_setting(rows):
             console.print(tables.render_rich(group, console.width))

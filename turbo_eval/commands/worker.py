@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,10 @@ from typing import Annotated
 import typer
 
 from turbo_eval.commands import options as o
+from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.scale import require_distributed
+from turbo_eval.scale.target import TlsFiles, scheduler_address, security
+from turbo_eval.scale.worker.cells import Cells, find_device, serve
 
 
 def register(app: typer.Typer) -> None:
@@ -44,15 +50,8 @@ def worker(
     insecure: o.Insecure = False,
     patience: o.Patience = 60.0,
 ) -> None:
-    from turbo_eval.scale import require_distributed
 
     require_distributed()
-    import asyncio
-    import logging
-
-    from turbo_eval.errors import EnvironmentProblem
-    from turbo_eval.scale.target import TlsFiles, scheduler_address, security
-    from turbo_eval.scale.worker.cells import Cells, find_device, serve
 
     address = scheduler_address(scheduler)
     secured = security(address, TlsFiles(tls_ca, tls_cert, tls_key), insecure=insecure)

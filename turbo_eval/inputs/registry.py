@@ -231,7 +231,7 @@ def _append_part(
 def _from_dataset(name: str, source: DatasetSource, target: Path) -> None:
     if not Path(source.path).exists():
         _require_hub(f"give a path to the text instead of {name}")
-    import datasets  # slow to import, rarely needed
+    import datasets  # noqa: PLC0415 two seconds, rarely needed
 
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split)[source.column]
@@ -247,7 +247,7 @@ def _from_dataset(name: str, source: DatasetSource, target: Path) -> None:
 
 def _require_hub(otherwise: str) -> None:
     """One quick question first: the libraries retry for half a minute where there is no hub."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants, get_session  # noqa: PLC0415 slow, rarely needed
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
@@ -259,7 +259,7 @@ def _require_hub(otherwise: str) -> None:
 
 
 def _from_hub(name: str, entry: Entry, hub: HubSource, *, download: bool) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415 slow, rarely needed
 
     found = try_to_load_from_cache(hub.repo, hub.file, revision=hub.revision)
     if isinstance(found, str):

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
 from turbo_eval.errors import UsageError
 from turbo_eval.util.files import writing
 from turbo_eval.util.paths import cache_dir
@@ -117,8 +120,6 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
 
 
 def _write(shape: Shape, path: Path) -> None:
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, "llama")
     writer.add_name(shape.name())
@@ -166,7 +167,6 @@ _SPREAD = {"q4_0": 4.6, "q8_0": 73.9}
 
 def _random(rng: Any, dims: tuple[int, ...], kind: str) -> Any:
     """Weights with variance 1/n_in, so that activations neither vanish nor blow up; norms are 1."""
-    import numpy as np
 
     if not kind:
         return np.ones(dims, np.float32)

@@ -42,7 +42,7 @@ def ggml_type(name: str) -> int:
     Raises:
         SystemExit: the library has no such type.
     """
-    import llama_cpp
+    import llama_cpp  # noqa: PLC0415 loads llama.cpp, which talks
 
     base = ctypes.CDLL(str(library(Path(llama_cpp.llama_cpp._lib._name).parent, "ggml-base")))
     base.ggml_type_name.restype = ctypes.c_char_p
@@ -54,7 +54,7 @@ def ggml_type(name: str) -> int:
 
 
 def _load(job: dict[str, Any]) -> Any:
-    import llama_cpp
+    import llama_cpp  # noqa: PLC0415 loads llama.cpp, which talks
 
     return llama_cpp.Llama(
         model_path=job["model"],

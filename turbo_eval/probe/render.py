@@ -80,10 +80,10 @@ def render_json(result: Comparison) -> str:
 
 def plot(result: Comparison, path: Path) -> None:
     """Errors over layers: B against A above, the cache's own below, layers with findings marked."""
-    import matplotlib
+    import matplotlib  # noqa: PLC0415 half a second, for figures alone
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # noqa: PLC0415 after the choice of its backend
 
     figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     layers = [d.layer for d in result.differences]

@@ -47,7 +47,7 @@ def _require_protection(address: str) -> None:
 
 
 def _attach(worker: Any) -> None:
-    from turbo_eval.scale.worker.cells import Cells, attach, find_device
+    from turbo_eval.scale.worker.cells import Cells, attach, find_device  # noqa: PLC0415 a scheduler does without
 
     def setting(name: str) -> str | None:
         return os.environ.get(f"TURBO_EVAL_WORKER_{name}") or None

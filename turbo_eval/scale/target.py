@@ -110,7 +110,7 @@ def security(address: str, tls: TlsFiles, *, insecure: bool) -> Security | None:
                 "use tls:// with --tls-ca, --tls-cert, --tls-key, or --insecure on a network of your own",
             )
         return None
-    from distributed.security import Security
+    from distributed.security import Security  # noqa: PLC0415 an extra that local sweeps do without
 
     chosen: dict[str, Any] = {}
     for role in ("client", "worker"):

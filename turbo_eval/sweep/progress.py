@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
 
 from turbo_eval.metrics import METRICS
 from turbo_eval.metrics.job import Job
@@ -23,9 +23,6 @@ def live(plan: Plan) -> Iterator[Reporter]:
     if not sys.stderr.isatty():
         yield LineReporter(len(plan.jobs))
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
         TextColumn("{task.description}"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from turbo_eval.analysis.compare import Comparison, Difference
 from turbo_eval.analysis.compare.match import facts
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 # Said once where all rows agree: what else would make two rows read alike.
 _SHARED = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "environment", "threads", "build")
@@ -115,10 +116,6 @@ def render_markdown(result: Comparison) -> str:
 
 def render_rich(result: Comparison) -> Group:
     """For a terminal."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     def table(columns: Sequence[str]) -> Table:
         made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))

@@ -64,7 +64,7 @@ class Cluster:
     """
 
     def __init__(self, address: str, security: Security | None = None, *, timeout: float = 10.0) -> None:
-        from distributed import Client
+        from distributed import Client  # noqa: PLC0415 an extra that local sweeps do without
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is said in our words
         guard.turn_on()

@@ -295,7 +295,7 @@ async def serve(
     Raises:
         EnvironmentProblem: no scheduler answers.
     """
-    from distributed import Worker
+    from distributed import Worker  # noqa: PLC0415 an extra that local sweeps do without
 
     folder = tempfile.TemporaryDirectory(prefix="turbo-eval-dask-")
     worker = Worker(
