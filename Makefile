@@ -15,11 +15,11 @@ CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
 
-.PHONY: help setup source build-cpu build-metal build-cuda demo test check golden clean \
+.PHONY: help setup source demo test check golden clean \
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
-	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  \1\n      \2/'
+	@grep -hE '^[a-z% -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z% -]+):.*## (.*)/  \1\n      \2/'
 
 # -- prepare ---------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml
 source: $(VENV)/.installed ## fill llama.cpp/ at the pin (from upstream, else from the package index)
 	@$(RUN) source --quiet
 
-build-cpu build-metal build-cuda: build-%: setup ## build one backend into build/BACKEND/bin
+build-%: setup ## build one backend into build/BACKEND/bin
 	@$(RUN) build $* $(if $(JOBS),--jobs $(JOBS)) $(if $(CUDA_ARCHS),--cuda-archs '$(CUDA_ARCHS)')
 
 # -- measure ---------------------------------------------------------------------------------------
@@ -54,9 +54,11 @@ demo: ## everything from a fresh clone to a table of perplexities, and how long 
 
 # -- judge -----------------------------------------------------------------------------------------
 
-check: setup ## what needs no compiler: ruff, mypy, patch series
+check: setup ## what needs no compiler: ruff, mypy, order of the rooms, patch series
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+	@$(BIN)/python -m tests.support.structure
 	@$(RUN) patches check
 
 test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
