@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from tests.support.records import make_record
 from turbo_eval.errors import UsageError
-from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES, CacheType
+from turbo_eval.formats import cache_types
+from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES, CacheType, Codebook
 from turbo_eval.formats.codec import decode, gaussian_mse, readable, reference
 from turbo_eval.probe.dump import Setup
 from turbo_eval.probe.steps import _judge_cache
+from turbo_eval.records.record import read_record
 from turbo_eval.util import project
 
 
@@ -21,9 +29,7 @@ def test_every_type_is_readable_and_its_error_known(name: str) -> None:
 
 @pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
 def test_no_two_bits_of_a_block_share_a_place(book: object) -> None:
-    from turbo_eval.formats.cache_types import Codebook
-
-    assert isinstance(book, Codebook)
+        assert isinstance(book, Codebook)
     width = (2 * len(book.magnitudes) - 1).bit_length()
     places = [book.place(i, bit) for i in range(64) for bit in range(width)]
     assert len(set(places)) == len(places)
@@ -57,3 +63,26 @@ def test_reference_and_decode_agree() -> None:
     assert read is not None
     assert np.array_equal(read, decode("f16", x.astype(np.float16).view(np.uint8)))
     assert project.BlockSize(block=32, block_bytes=20).block == 32
+
+
+def test_a_forks_record_is_read_where_nobody_knows_its_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size came from the project.toml of the folder that one happened to stand in."""
+    monkeypatch.setattr(cache_types, "_LEARNT", {})
+    record = make_record("f16:f16", 10.0)
+    size = project.BlockSize(block=32, block_bytes=20)
+    data = json.loads(record.to_json())
+    data["cell"] |= {"k": "own9", "v": "own9"}
+    data["provenance"]["types"] = {"own9": size.model_dump()}
+    data["key"] = record.cell.model_copy(update={"k": "own9", "v": "own9"}).key()
+    (tmp_path / f"tiny.ppl.own9-own9.{data['key']}.json").write_text(json.dumps(data))
+    done = subprocess.run(
+        [sys.executable, "-m", "turbo_eval", "table", str(tmp_path), "--format", "csv"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "own9,own9,5.0,5.0" in done.stdout
+    kept = read_record(next(tmp_path.glob("*.json")))
+    assert kept.provenance.types == {"own9": size} and json.loads(kept.to_json()) == data

@@ -109,7 +109,7 @@ def cache_type(name: str) -> CacheType:
     """
     if name in CACHE_TYPES:
         return CACHE_TYPES[name]
-    own = _of_project()
+    own = _LEARNT | _of_project()
     if name in own:
         return own[name]
     raise UsageError(f"unknown cache type {name!r}", _did_you_mean(name, [*CACHE_TYPES, *own]))
@@ -118,6 +118,15 @@ def cache_type(name: str) -> CacheType:
 def known_types() -> list[str]:
     """The names of all types, the project's own among them."""
     return [*CACHE_TYPES, *_of_project()]
+
+
+# Of records that were read: types of somebody else's sources.
+_LEARNT: dict[str, CacheType] = {}
+
+
+def learn(name: str, block: int, block_bytes: int) -> None:
+    """Take note of a type that a record describes; what is known already stays."""
+    _LEARNT.setdefault(name, CacheType(name, block, block_bytes))
 
 
 def _of_project() -> dict[str, CacheType]:

@@ -34,6 +34,7 @@ _PACKAGES = ("llama-cpp-python", "gguf", "numpy", "pandas", "datasets", "hugging
 
 def collect(build: Build) -> Provenance:
     """Describe `build` and this machine."""
+    project = paths.project()
     return Provenance(
         backend=build.backend,
         pin=build.pin,
@@ -45,6 +46,7 @@ def collect(build: Build) -> Provenance:
         machine=machine(),
         packages=_packages(),
         harness=harness(),
+        types=project.settings.types if project is not None else {},
     )
 
 

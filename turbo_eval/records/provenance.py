@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from turbo_eval.util.project import BlockSize
 
 
 class Machine(BaseModel):
@@ -34,3 +36,5 @@ class Provenance(BaseModel):
     machine: Machine
     packages: dict[str, str]  # distribution -> version
     harness: str  # turbo-eval version and commit
+    # cache types that only the project's sources have: without them its records could be read nowhere else
+    types: dict[str, BlockSize] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbo_eval.errors import IncompleteError
-from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.cache_types import cache_type, learn
 from turbo_eval.formats.window import Window
 from turbo_eval.records.provenance import Provenance
 
@@ -343,6 +343,8 @@ class Record(_Frozen):
         data = self.model_dump(mode="json")
         if not self.figures:
             del data["figures"]
+        if not self.provenance.types:
+            del data["provenance"]["types"]
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -385,6 +387,8 @@ def read_record(path: Path) -> Record:
         raise IncompleteError(f"record {path} does not hold the cell its key names", step)
     if record.provenance.tree != record.cell.tree:
         raise IncompleteError(f"record {path} was measured with another build than its cell's", step)
+    for name, size in record.provenance.types.items():
+        learn(name, size.block, size.block_bytes)
     return record
 
 
