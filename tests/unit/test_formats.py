@@ -29,7 +29,7 @@ def test_every_type_is_readable_and_its_error_known(name: str) -> None:
 
 @pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
 def test_no_two_bits_of_a_block_share_a_place(book: object) -> None:
-        assert isinstance(book, Codebook)
+    assert isinstance(book, Codebook)
     width = (2 * len(book.magnitudes) - 1).bit_length()
     places = [book.place(i, bit) for i in range(64) for bit in range(width)]
     assert len(set(places)) == len(places)

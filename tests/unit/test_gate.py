@@ -14,7 +14,7 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.record import Decode, Record
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import Plan

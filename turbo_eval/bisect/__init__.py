@@ -13,7 +13,7 @@ from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.provenance import collect, machine
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.record import Record, Status
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import make_plan

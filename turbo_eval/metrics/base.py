@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from turbo_eval.inputs.corpora import CorpusFile
+from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.metrics.job import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record
 from turbo_eval.records.store import Store
@@ -26,6 +27,20 @@ class Options(BaseModel):
     """A metric's settings: the table of its name in a sweep's TOML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and where its inputs lie. `anchor` is the value for --kv-anchor, None: no flag.
+
+    `writes_base`: the run also leaves the base that KL divergences of this sweep are taken against.
+    """
+
+    cell: Cell
+    model: ModelFile
+    corpus: CorpusFile
+    anchor: str | None
+    writes_base: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import machine
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
 from turbo_eval.scale.client.cluster import Cluster

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Remaining
 
 from turbo_eval.metrics import METRICS
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.record import Record
 from turbo_eval.sweep.plan import Plan
 from turbo_eval.sweep.run import Reporter

@@ -9,8 +9,7 @@ from typing import Protocol
 
 from turbo_eval.errors import TurboEvalError
 from turbo_eval.metrics import metric, references
-from turbo_eval.metrics.base import Bench, OnProgress
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Bench, Job, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store

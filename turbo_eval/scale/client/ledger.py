@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from turbo_eval.metrics import references
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Record, Run
 from turbo_eval.records.store import Store

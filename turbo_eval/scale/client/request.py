@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.record import Cell, Record
 from turbo_eval.scale.wire import Measure, Need, Source
 from turbo_eval.sweep.spec import SweepSpec

@@ -27,8 +27,7 @@ from turbo_eval.llama.backends import first_here
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect, machine
 from turbo_eval.metrics import metric
-from turbo_eval.metrics.base import Bench, OnProgress
-from turbo_eval.metrics.job import Job
+from turbo_eval.metrics.base import Bench, Job, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.store import Store
 from turbo_eval.scale import entry, guard
