@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from turbo_eval.analysis import page
 from turbo_eval.analysis.gate import GateResult
 from turbo_eval.analysis.summary import by_setting
 from turbo_eval.analysis.table import render_markdown
@@ -17,18 +18,18 @@ def mark(backend: str) -> str:
 
 def render_verdict(spec: GateSpec, outcome: GateResult) -> str:
     """Heading, a sentence for each check that is not met, the table, and the checks that pass folded away."""
-    backend = spec.sweep.backend
-    lines = [mark(backend), f"### turbo-eval on {backend}: {_headline(outcome)}", ""]
-    lines += [f"- **FAIL** {_escaped(sentence)}" for sentence in outcome.regressions]
-    lines += [f"- **incomplete** {_escaped(sentence)}" for sentence in outcome.incomplete]
-    lines += [""] if outcome.regressions or outcome.incomplete else []
-    for _, group in by_setting(outcome.rows):
-        lines += [render_markdown(group)]
-    if outcome.passed:
-        lines += [f"<details><summary>{_count(outcome.passed, 'check')} passed</summary>", ""]
-        lines += [f"- {_escaped(sentence)}" for sentence in outcome.passed]
-        lines += ["", "</details>"]
-    return "\n".join(lines).rstrip() + "\n"
+    environment = page.environment()
+    environment.filters["literal"] = _escaped
+    text = environment.get_template("verdict.md.j2").render(
+        mark=mark(spec.sweep.backend),
+        backend=spec.sweep.backend,
+        headline=_headline(outcome),
+        regressions=outcome.regressions,
+        incomplete=outcome.incomplete,
+        tables=[render_markdown(group) for _, group in by_setting(outcome.rows)],
+        passed=outcome.passed,
+    )
+    return text.rstrip() + "\n"
 
 
 def _headline(outcome: GateResult) -> str:

@@ -1,0 +1,145 @@
+"""The report as a page and as markdown: what the templates are filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from turbo_eval.analysis import figures, table
+from turbo_eval.analysis.summary import Summary, said_of_reference
+from turbo_eval.bench.run import BenchRecord, pair_label, quality, quality_words
+from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.records.record import Record
+
+HEATS = (
+    ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),
+    ("delta_pct", "ΔPPL [%]", "{:+.2f}"),
+)
+SPEED_COLUMNS = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
+
+
+def environment() -> Environment:
+    """Templates of this package; whatever goes into the page is escaped, markdown is not."""
+    return Environment(
+        loader=PackageLoader("turbo_eval.analysis", "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """`style` is the CSS class."""
+
+    text: str
+    style: str
+
+
+def css() -> Markup:
+    """Of the page; it is ours, so nothing in it is escaped."""
+    return Markup(resources.files("turbo_eval.analysis").joinpath("report.css").read_text(encoding="utf-8"))
+
+
+def setting(name: str, rows: Sequence[Summary], verdict: list[str]) -> dict[str, Any]:
+    """What the page shows of one setting."""
+    caption, columns, lines = table.for_people(table.to_frame(rows))
+    figure = figures.pareto_figure(rows)
+    front = [r for r in figures.pareto(rows) if r.bpv < 16]
+    return {
+        "name": name,
+        "verdict": verdict,
+        "reference": said_of_reference(rows),
+        "caption": caption,
+        "columns": columns,
+        "lines": lines,
+        "bad": [r.status != "ok" for r in rows],
+        "heats": [heat for value in HEATS if (heat := _heat(rows, *value)) is not None],
+        "figure": Markup(figures.inline_svg(figure, "Loss against bits per value")) if figure else "",
+        "front": [r.name for r in front],
+    }
+
+
+def _heat(rows: Sequence[Summary], value: str, title: str, form: str) -> dict[str, Any] | None:
+    """K × V with a colour for the size of the loss; None with fewer than two numbers."""
+    cells = {(r.k, r.v): r for r in rows}
+    if sum(figures.heat_value(r, value) is not None for r in rows) < 2:
+        return None
+    order = sorted({t for pair in cells for t in pair}, key=lambda t: -cache_type(t).bpv)
+    ks = [t for t in order if any(k == t for k, _ in cells)]
+    vs = [t for t in order if any(v == t for _, v in cells)]
+
+    def cell(row: Summary | None) -> HeatCell:
+        number = figures.heat_value(row, value) if row else None
+        if number is not None:
+            return HeatCell(form.format(number), f"h{figures.level(number, value):.0f}")
+        return HeatCell(row.status if row and row.status != "ok" else "·", "none")
+
+    return {"title": title, "v": vs, "rows": [(k, [cell(cells.get((k, v))) for v in vs]) for k in ks]}
+
+
+def speed(
+    name: str, own: Sequence[BenchRecord], records: Sequence[Record], *, drawn: bool = False
+) -> dict[str, Any]:
+    """What the page shows of one model's speed; markdown does without the figure."""
+    figure = Markup(figures.inline_svg(figures.speed_figure(own), "Speed against depth")) if drawn else ""
+    return {
+        "name": name,
+        "backend": own[0].backend,
+        "lines": [bench_cells(r, own, records) for r in own],
+        "bad": [r.status != "ok" for r in own],
+        "figure": figure,
+    }
+
+
+def bench_cells(record: BenchRecord, among: Sequence[BenchRecord], records: Sequence[Record]) -> list[str]:
+    """A line of the table of speeds."""
+    row, label = record.row(), pair_label(record, among)
+    if record.status != "ok":
+        return [str(record.depth), label, "–", "–", "–", "–", record.status]
+    words = quality_words(quality(record, records))
+    names = (
+        ("prefill_median", ".1f"),
+        ("prefill_ratio", ".3f"),
+        ("decode_median", ".2f"),
+        ("decode_ratio", ".3f"),
+    )
+    numbers = [format(row[n], p) if row[n] is not None else "–" for n, p in names]
+    return [str(record.depth), label, *numbers, words]
+
+
+def origins(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Machine, tree and backend of the records, each once."""
+    seen = {(r.machine, r.cell.tree, r.cell.backend): r for r in records}
+    return [{"machine": record.machine, "facts": _facts(record)} for record in seen.values()]
+
+
+def _facts(record: Record) -> dict[str, str]:
+    origin, machine = record.provenance, record.provenance.machine
+    return {
+        "machine": f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:g} GiB",
+        "GPU": machine.gpu,
+        "CPU features": " ".join(machine.features),
+        "system": machine.os,
+        "backend": record.cell.backend,
+        "llama.cpp pin": origin.pin,
+        "patch series": origin.series,
+        "tree": origin.tree + (" (edited)" if origin.dirty else ""),
+        "compiler": origin.compiler,
+        "flags": " ".join(origin.flags),
+        "packages": ", ".join(f"{k} {v}" for k, v in origin.packages.items()),
+        "harness": origin.harness,
+    }
+
+
+def files(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Name and sha256 of every model and text."""
+    found = {(r.cell.model.split("/")[-1], r.cell.model_sha256) for r in records}
+    found |= {(r.cell.corpus.split("/")[-1], r.cell.corpus_sha256) for r in records}
+    return sorted(found)
