@@ -18,6 +18,7 @@ from tests.support.golden import TOOL, World, world
 from tests.support.harness import one_sentence
 from tests.support.inside import call
 from tests.support.records import MACHINE, make_kld, make_record
+from turbo_eval.cli import COMMANDS, load
 from turbo_eval.llama.provenance import machine
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
@@ -465,13 +466,9 @@ def test_more_chunks_than_the_text_can_hold(place: World) -> None:
 
 def _pages() -> list[list[str]]:
     """Every command and command of a group."""
-    from typer.main import get_command
-
-    from turbo_eval.cli import app
-
     found = []
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", {})
+    for name in COMMANDS:
+        inner = getattr(load(name), "commands", {})
         found += [[name, sub] for sub in inner] or [[name]]
     return found
 
