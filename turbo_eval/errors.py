@@ -13,7 +13,7 @@ class TurboEvalError(Exception):
 
     Args:
         message: one clause that names the thing and the reason, without a final full stop.
-        next_step: what to do about it, e.g. a command; printed after a colon-free dash.
+        next_step: what to do about it, e.g. a command; printed after the message and a semicolon.
     """
 
     exit_code: ClassVar[int] = 1

@@ -32,7 +32,7 @@ def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("args", "code", "sentence"),
     [
-        (["models", "get", "smollm"], 2, "there is no model smollm; did you mean smollm2-135m"),
+        (["models", "get", "smollm"], 2, "there is no model smollm; perhaps you meant 'smollm2-135m'"),
         (["models", "path", "/nowhere.gguf"], 2, "there is no model file /nowhere.gguf"),
         (["corpora", "get", "/nowhere.txt"], 2, "there is no text file /nowhere.txt"),
         (["build", "vulkan"], 2, "there is no backend vulkan; choose one of cpu, metal, cuda"),

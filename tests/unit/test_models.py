@@ -105,7 +105,7 @@ def test_model_by_path_is_hashed_once(tmp_path: Path) -> None:
 def test_names_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no model smollm2-135") as caught:
         resolve_model("smollm2-135")
-    assert "did you mean smollm2-135m" in caught.value.next_step
+    assert "perhaps you meant 'smollm2-135m'" in caught.value.next_step
     with pytest.raises(UsageError, match=r"no model file nowhere/m\.gguf"):
         resolve_model("nowhere/m.gguf")
     with pytest.raises(UsageError, match="no corpus news") as caught:

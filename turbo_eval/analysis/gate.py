@@ -19,8 +19,8 @@ from turbo_eval.sweep.spec import Check, GateSpec
 class GateResult:
     """Sentences by outcome, the records they are about and the rows that these make.
 
-    `incomplete` outweighs nothing: a regression that is seen is said. `judged` says what the verdict is
-    about: which model, text, context, build, and what is compared with what.
+    A gate with a regression fails, even if other cells are missing (`incomplete`). `judged` says what the
+    verdict is about: which model, text, context, build, and what is compared with what.
     """
 
     judged: list[str] = field(default_factory=list)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Mapping
-from difflib import get_close_matches
 
 from simpleeval import InvalidExpression, SimpleEval
 
 from turbo_eval.errors import UsageError
 from turbo_eval.records.record import Record
+from turbo_eval.util.text import meant
 
 # `baseline` is the number that the condition's first name has at the good revision; `f16` the
 # perplexity of f16:f16 at the same revision.
@@ -54,11 +54,7 @@ class Condition:
         found = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
         for name in found:
             if name not in NAMES:
-                near = get_close_matches(name, NAMES, n=1)
-                meant = f"perhaps you meant {near[0]}; " if near else ""
-                raise UsageError(
-                    f"--bad-if {text!r}: unknown name {name}", f"{meant}known: {', '.join(NAMES)}"
-                )
+                raise UsageError(f"--bad-if {text!r}: unknown name {name}", meant(name, NAMES))
         self.names = frozenset(found)
         measured = [name for name in found if name not in ("baseline", "f16")]
         if not measured:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from turbo_eval.errors import UsageError
 from turbo_eval.util import paths
+from turbo_eval.util.text import nearest
 
 Place = Callable[[int, int], tuple[int, int]]
 
@@ -137,9 +137,9 @@ def _of_project() -> dict[str, CacheType]:
 
 
 def _did_you_mean(name: str, types: list[str]) -> str:
-    near = get_close_matches(name.lower(), types, n=1, cutoff=0.4)
+    near = nearest(name.lower(), types, cutoff=0.4)
     known = ", ".join(types)
-    return f"perhaps you meant {near[0]!r} (known: {known})" if near else f"known are {known}"
+    return f"perhaps you meant {near!r} (known: {known})" if near else f"known are {known}"
 
 
 def parse_pair(text: str) -> tuple[str, str]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbo_eval.errors import UsageError
-from turbo_eval.inputs.registry import Entry, acquire, nearest, parse_entries, read_toml
+from turbo_eval.inputs.registry import RESTORE, Entry, acquire, parse_entries
 from turbo_eval.util import paths
 from turbo_eval.util.files import CHUNK, file_sha256
+from turbo_eval.util.text import meant, read_toml
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def registry() -> dict[str, Entry]:
         UsageError: it is missing or wrong.
     """
     file = paths.configs_dir() / "corpora.toml"
-    table = read_toml(file).get("corpora")
+    table = read_toml(file, missing=RESTORE).get("corpora")
     return parse_entries(file, table if isinstance(table, dict) else {})
 
 
@@ -39,9 +40,9 @@ def default_name() -> str:
         UsageError: configs/corpora.toml names none, or an unknown one.
     """
     file = paths.configs_dir() / "corpora.toml"
-    name, known = str(read_toml(file).get("default", "")), registry()
+    name, known = str(read_toml(file, missing=RESTORE).get("default", "")), registry()
     if name not in known:
-        raise UsageError(f"{file}: default = {name!r} is no corpus of it", nearest(name, known))
+        raise UsageError(f"{file}: default = {name!r} is no corpus of it", meant(name, known, cutoff=0.5))
     return name
 
 
@@ -68,7 +69,7 @@ def resolve_corpus(name_or_path: str, *, download: bool = True) -> CorpusFile:
         looks_like_path = bool(path.suffix) or len(path.parts) > 1
         raise UsageError(
             f"there is no text file {path}" if looks_like_path else f"there is no corpus {name_or_path}",
-            "check the path" if looks_like_path else f"{nearest(name_or_path, known)}, or give a path",
+            "check the path" if looks_like_path else f"{meant(name_or_path, known)}, or give a path",
         )
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty", "give a text that is longer than the context")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.gguf_info import GgufInfo, read_gguf_info
-from turbo_eval.inputs.registry import Entry, acquire, nearest, parse_entries, read_toml
+from turbo_eval.inputs.registry import RESTORE, Entry, acquire, parse_entries
 from turbo_eval.util import paths
 from turbo_eval.util.files import FileMemory, file_sha256
+from turbo_eval.util.text import meant, read_toml
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def registry() -> dict[str, Entry]:
         UsageError: it is missing or wrong.
     """
     file = paths.configs_dir() / "models.toml"
-    return parse_entries(file, read_toml(file))
+    return parse_entries(file, read_toml(file, missing=RESTORE))
 
 
 def cached_path(name: str) -> Path:
@@ -57,7 +58,7 @@ def resolve_model(name_or_path: str, *, download: bool = True) -> ModelFile:
         looks_like_path = path.suffix == ".gguf" or len(path.parts) > 1
         raise UsageError(
             f"there is no model file {path}" if looks_like_path else f"there is no model {name_or_path}",
-            "check the path" if looks_like_path else f"{nearest(name_or_path, known)}, or give a path",
+            "check the path" if looks_like_path else f"{meant(name_or_path, known)}, or give a path",
         )
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
         raise UsageError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-import tomllib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,18 +87,7 @@ class Entry(_Strict):
         return f"hub data set ({self.dataset.path})" if self.dataset else ""
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """Parse a TOML file.
-
-    Raises:
-        UsageError: missing or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing", "restore it with `git checkout`") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML ({error})", "correct it") from error
+RESTORE = "restore it with `git checkout`"  # where a registry's file is gone
 
 
 def parse_entries(path: Path, table: Mapping[str, object]) -> dict[str, Entry]:
@@ -118,12 +105,6 @@ def parse_entries(path: Path, table: Mapping[str, object]) -> dict[str, Entry]:
             place = ".".join([name, *map(str, first["loc"])])
             raise UsageError(f"{path}: {place}: {first['msg']}", "correct it") from error
     return entries
-
-
-def nearest(name: str, known: Mapping[str, object]) -> str:
-    """What an unknown name may have meant, as advice."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}" if close else f"known are {', '.join(known)}"
 
 
 def acquire(name: str, entry: Entry, target: Path, *, download: bool = True) -> tuple[Path, str]:

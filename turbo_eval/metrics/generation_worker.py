@@ -24,7 +24,7 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     llama = _load(job)
     text = Path(job["corpus"]).read_text(encoding="utf-8", errors="replace")
-    # A quarter more characters than six a token is enough of the text, and quick to tokenize.
+    # Tokens have 3 to 6 characters: 8 for each that is needed are enough, and quick to tokenize.
     tokens = llama.tokenize(text[: 8 * job["need_tokens"]].encode(), add_bos=False, special=False)
     if len(tokens) < job["need_tokens"]:
         print(f"error: the corpus has {len(tokens)} tokens here, {job['need_tokens']} are needed", flush=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
@@ -25,6 +23,7 @@ from turbo_eval.metrics import METRICS
 from turbo_eval.metrics import bounds as metric_bounds
 from turbo_eval.metrics.base import Metric, Options
 from turbo_eval.util import numbers as n
+from turbo_eval.util.text import meant, read_toml
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -254,22 +253,6 @@ def _pairs(pairs: Any, k: Any, v: Any) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UsageError: missing, unreadable, or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"config {path} does not exist", "see `ls configs`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"config {path} is not TOML: {error}") from None
-
-
 def sweep_spec(data: dict[str, Any], source: str) -> SweepSpec:
     """Validate a sweep; `source` names it in errors.
 
@@ -281,7 +264,7 @@ def sweep_spec(data: dict[str, Any], source: str) -> SweepSpec:
 
 def load_sweep_data(path: Path) -> dict[str, Any]:
     """The sweep part of a config file, unvalidated: a gate's [sweep] table or the whole file."""
-    data = read_toml(path)
+    data = read_toml(path, what="config ", missing="see `ls configs`")
     inner = data.get("sweep")
     if isinstance(inner, dict):  # a gate's file, its checks perhaps still to be written
         beside = [key for key in data if key not in ("sweep", "check")]
@@ -303,7 +286,7 @@ def load_gate(path: Path, *, backend: str | None = None) -> GateSpec:
     Raises:
         UsageError: anything wrong in it.
     """
-    data = read_toml(path)
+    data = read_toml(path, what="config ", missing="see `ls configs`")
     if "check" in data and "sweep" not in data:
         raise UsageError(f"config {path} has no [sweep]", "put what is measured below [sweep]")
     if "check" not in data:
@@ -323,8 +306,7 @@ def _validated(model: type[_M], data: dict[str, Any], source: str) -> _M:
         where = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
             key = str(first["loc"][-1])
-            near = get_close_matches(key, _known_keys(model, first["loc"][:-1]), n=1)
-            step = f"perhaps you meant {near[0]!r}" if near else "remove it"
+            step = meant(key, _known_keys(model, first["loc"][:-1]), "remove it")
             raise UsageError(f"{source}: unknown key {where!r}", step) from None
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, TurboEvalError):

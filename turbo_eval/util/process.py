@@ -219,7 +219,7 @@ def seconds_in_children() -> float:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and what it started; there is nothing in it worth a farewell."""
+    """Kill the process and all that it started, at once: it keeps no state that an orderly end would save."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

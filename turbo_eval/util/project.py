@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from turbo_eval.errors import UsageError
+from turbo_eval.util.text import meant, read_toml
 
 FOLDER = "turbo-eval"
 FILE = "project.toml"
@@ -72,12 +71,7 @@ def load(folder: Path) -> Project:
         UsageError: it is missing, no TOML, or wrong.
     """
     file = folder / FOLDER / FILE
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", f"run `turbo-eval init {folder}`") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{file} is not TOML: {error}", "correct it") from None
+    data = read_toml(file, missing=f"run `turbo-eval init {folder}`")
     try:
         return Project(folder, Settings.model_validate(data))
     except ValidationError as error:
@@ -86,7 +80,6 @@ def load(folder: Path) -> Project:
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = BlockSize.model_fields if len(first["loc"]) > 1 else Settings.model_fields
-            near = get_close_matches(str(first["loc"][-1]), known, n=1)
-            step = f"perhaps you meant {near[0]!r}" if near else f"known are {', '.join(known)}"
+            step = meant(str(first["loc"][-1]), known)
             raise UsageError(f"{file}: unknown key {where!r}", step) from None
         raise UsageError(f"{file}: {where}: {first['msg']}", "correct it") from None
