@@ -10,13 +10,14 @@ import pytest
 
 from tests.support.harness import Cli, one_sentence
 from tests.support.records import make_record, provenance
-from turbo_eval.bench.run import UNVERIFIED, BenchRecord, quality
+from turbo_eval.bench.run import UNVERIFIED, quality
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import read_gguf_info
 from turbo_eval.inputs.synthetic import Shape, parse_shape, synthetic_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
+from turbo_eval.records.speed import BenchRecord
 
 
 def bench_record(**changes: Any) -> BenchRecord:

@@ -12,12 +12,12 @@ from tests.support.harness import Cli
 from tests.support.records import MACHINE, make_kld, make_record
 from turbo_eval.analysis.compare import Comparison, Side, compare, render
 from turbo_eval.analysis.statistics import student_p
-from turbo_eval.bench.run import BenchRecord
 from turbo_eval.errors import IncompleteError
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord
 from turbo_eval.records.store import Store
 
 M2 = MACHINE.model_copy(update={"id": "m2", "gpu": "Apple8"})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.records import make_record
+from turbo_eval.commands import bench, probe
 from turbo_eval.errors import UsageError
 from turbo_eval.formats import cache_types
 from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES, CacheType, Codebook
@@ -86,3 +87,11 @@ def test_a_forks_record_is_read_where_nobody_knows_its_type(
     assert "own9,own9,5.0,5.0" in done.stdout
     kept = read_record(next(tmp_path.glob("*.json")))
     assert kept.provenance.types == {"own9": size} and json.loads(kept.to_json()) == data
+
+
+def test_the_pairs_that_commands_take_by_themselves() -> None:
+    assert [f"{k}:{v}" for k, v in cache_types.usual_pairs()] == [
+        *("turbo3:turbo3", "turbo4:turbo3", "turbo4:turbo4", "q4_0:q4_0"),
+        *("q8_0:turbo3", "q8_0:turbo4", "q8_0:q8_0", "f16:f16"),
+    ]
+    assert (bench.PAIRS, probe.JUDGED) == ("q8_0:q8_0,turbo4:turbo4,turbo3:turbo3", "k=turbo4,v=turbo4")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.test_bench import bench_record
 from tests.support.records import make_cell, make_record
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.window import OFF
+from turbo_eval.records import speed
 from turbo_eval.records.record import Cell, read_record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.records.store import Store
@@ -117,3 +119,21 @@ def test_a_lock_is_free_again_after_use(tmp_path: Path) -> None:
         assert (first, second) == (True, False)
     with store.lock(cell, wait=False) as again:
         assert again
+
+
+def test_a_speed_record_of_another_schema_is_migrated_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "machine" / "bench"
+    record = bench_record()
+    path = speed.write_speed(folder, record)
+    assert speed.read_bench(tmp_path) == [record]
+    old = json.loads(path.read_text()) | {"schema_version": 0, "tokens": 3}
+    path.write_text(json.dumps(old))
+    assert speed.read_bench(tmp_path) == [] and "schema" in capsys.readouterr().err
+
+    def later(data: dict[str, object]) -> dict[str, object]:
+        return {k: v for k, v in data.items() if k != "tokens"} | {"schema_version": speed.BENCH_SCHEMA}
+
+    monkeypatch.setitem(speed.MIGRATIONS, 0, later)
+    assert speed.read_bench(tmp_path) == [record]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbo_eval.analysis.summary import Summary
-from turbo_eval.bench.run import BenchRecord, pair_label
+from turbo_eval.bench.run import pair_label
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.records.speed import BenchRecord
 from turbo_eval.util.files import writing
 
 if TYPE_CHECKING:

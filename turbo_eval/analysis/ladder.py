@@ -9,7 +9,7 @@ from typing import Any
 
 from turbo_eval.analysis.recommend import Bound, best, recommend, shape_mib
 from turbo_eval.analysis.summary import Summary, summarize
-from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.cache_types import cache_type, usual_pairs
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
@@ -23,17 +23,7 @@ from turbo_eval.sweep.run import run_sweep
 from turbo_eval.sweep.spec import sweep_spec
 
 Pair = tuple[str, str]
-# A cheap K costs more quality than a cheap V, so K is never the smaller one.
-LADDER: tuple[Pair, ...] = (
-    ("turbo3", "turbo3"),
-    ("turbo4", "turbo3"),
-    ("turbo4", "turbo4"),
-    ("q4_0", "q4_0"),
-    ("q8_0", "turbo3"),
-    ("q8_0", "turbo4"),
-    ("q8_0", "q8_0"),
-    ("f16", "f16"),
-)
+LADDER: tuple[Pair, ...] = usual_pairs()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from markupsafe import Markup
 
 from turbo_eval.analysis import figures, table
 from turbo_eval.analysis.summary import Summary, said_of_reference
-from turbo_eval.bench.run import BenchRecord, pair_label, quality, quality_words
+from turbo_eval.bench.run import pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord
 
 HEATS = (
     ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),

@@ -16,9 +16,9 @@ from turbo_eval.analysis.summary import (
     summarize,
     threads,
 )
-from turbo_eval.bench.run import BenchRecord
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord
 from turbo_eval.util.files import writing
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from turbo_eval.formats.window import OFF, Asked, Window, resolve
 from turbo_eval.inputs.models import ModelFile
@@ -21,81 +16,11 @@ from turbo_eval.metrics import judge
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Cell, Effective, Record, Status
 from turbo_eval.records.reference import EXACT, serves
-from turbo_eval.records.store import warn_once
-from turbo_eval.util.files import writing
+from turbo_eval.records.speed import BenchRecord, key_of, write_speed
 from turbo_eval.util.process import child_environment, relevant_environment, run
-
-BENCH_SCHEMA = 1
 
 # What is measured: K, V, the K anchor and the exact window (None: the build has none).
 Candidate = tuple[str, str, str | None, Window | None]
-
-
-class BenchRecord(BaseModel):
-    """Speed of one pair at one depth. Speeds in tokens/s, one sample a round, in the order measured.
-
-    `prefill` and `decode` are this pair's; `*_f16` those of f16/f16 in the same rounds.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int = BENCH_SCHEMA
-    key: str
-    model: str
-    model_sha256: str
-    k: str
-    v: str
-    depth: int
-    prompt: int
-    gen: int
-    backend: str
-    threads: int
-    anchor: str
-    recent: int = 0
-    first: int = 0
-    tree: str
-    env: dict[str, str]
-    status: Status
-    detail: str = ""
-    prefill: tuple[float, ...] = ()
-    decode: tuple[float, ...] = ()
-    prefill_f16: tuple[float, ...] = ()
-    decode_f16: tuple[float, ...] = ()
-    effective: Effective = Effective()
-    argv: tuple[str, ...]
-    started: str
-    provenance: Provenance
-
-    @property
-    def prefill_ratio(self) -> float | None:
-        """Median over the rounds of this speed over f16's in the same round."""
-        return _ratio(self.prefill, self.prefill_f16)
-
-    @property
-    def decode_ratio(self) -> float | None:
-        """As `prefill_ratio`, for decode."""
-        return _ratio(self.decode, self.decode_f16)
-
-    def row(self) -> dict[str, Any]:
-        """Flat fields for scripts."""
-        return self.model_dump(mode="json", exclude={"provenance", "effective", "schema_version"}) | {
-            "prefill_median": _median(self.prefill),
-            "decode_median": _median(self.decode),
-            "prefill_ratio": self.prefill_ratio,
-            "decode_ratio": self.decode_ratio,
-            "effective_k": self.effective.k,
-            "effective_v": self.effective.v,
-            "machine": self.provenance.machine.id,
-        }
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _ratio(ours: Sequence[float], f16: Sequence[float]) -> float | None:
-    pairs = [a / b for a, b in zip(ours, f16, strict=False) if b]
-    return statistics.median(pairs) if pairs else None
 
 
 @dataclass(frozen=True)
@@ -179,7 +104,7 @@ def run_bench(
                 )
         for candidate in order:
             record = _record(plan, candidate, depth, samples, model, build, provenance)
-            _write(folder, record)
+            write_speed(folder, record)
             records.append(record)
     return records
 
@@ -291,13 +216,12 @@ def _record(
         "env": relevant_environment(),
         **({"recent": window.recent, "first": window.first} if window else {}),
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def speeds(of: Sequence[_Sample], name: str) -> tuple[float, ...]:
         return tuple(x for s in of if (x := getattr(s, name)) is not None)
 
     return BenchRecord(
-        key=digest,
+        key=key_of(identity),
         model=model.name,
         status=fault[0] if fault else "ok",
         detail=fault[1] if fault else "",
@@ -319,27 +243,6 @@ def pair_label(record: BenchRecord, among: Sequence[BenchRecord]) -> str:
     anchors = {r.anchor for r in among if (r.k, r.v) == (record.k, record.v)}
     label = f"{record.k}/{record.v}" + (f" window {window}" if window else "")
     return label + (f" (anchor {record.anchor})" if len(anchors) > 1 else "")
-
-
-def _write(folder: Path, record: BenchRecord) -> None:
-    name = f"{Path(record.model).name}.{record.k}-{record.v}.d{record.depth}.{record.key}.json"
-    path, scratch = folder / name, folder / f".{name}.tmp"
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
-
-
-def read_bench(root: Path) -> list[BenchRecord]:
-    """Every benchmark record under a results folder; one that cannot be read is left out with a warning."""
-    records = []
-    for path in sorted(root.glob("*/bench/*.json")):
-        try:
-            records.append(BenchRecord.model_validate_json(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            warn_once(f"benchmark record {path} cannot be read: {reason}; it is left out")
-    return records
 
 
 def quality(record: BenchRecord, known: Sequence[Record]) -> Record | None:

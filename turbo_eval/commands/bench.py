@@ -16,27 +16,22 @@ from rich.table import Table
 
 from turbo_eval.analysis.figures import save, speed_figure
 from turbo_eval.analysis.staleness import moved_on
-from turbo_eval.bench.run import (
-    UNVERIFIED,
-    BenchPlan,
-    BenchRecord,
-    pair_label,
-    quality,
-    quality_words,
-    run_bench,
-)
+from turbo_eval.bench.run import UNVERIFIED, BenchPlan, pair_label, quality, quality_words, run_bench
 from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
-from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.formats.cache_types import CACHE_TYPES, parse_pair
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
 from turbo_eval.llama.provenance import collect
 from turbo_eval.llama.tool import capabilities, check_types
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, check_window
 from turbo_eval.util import numbers as n
 from turbo_eval.util.paths import results_dir
+
+PAIRS = ",".join(f"{t.name}:{t.name}" for t in CACHE_TYPES.values() if t.codebook or t.beside_ours)
 
 
 def register(app: typer.Typer) -> None:
@@ -72,9 +67,7 @@ def bench(
     synthetic: Annotated[
         str | None, typer.Option(help="Random weights of a shape: 8b, 1b, tiny or layers=…,heads=…")
     ] = None,
-    pairs: Annotated[
-        str, typer.Option("--pairs", "-p", help="K:V,K:V,…")
-    ] = "q8_0:q8_0,turbo4:turbo4,turbo3:turbo3",
+    pairs: Annotated[str, typer.Option("--pairs", "-p", help="K:V,K:V,…")] = PAIRS,
     depths: Annotated[str, typer.Option(help="Tokens in the cache before the test.")] = "0,4096",
     prompt: Prompt = 256,
     gen: Gen = 32,

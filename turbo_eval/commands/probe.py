@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from turbo_eval.commands import options as o
+from turbo_eval.formats.cache_types import BOOKS
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.probe import Setup, compare, render, take
@@ -21,6 +22,9 @@ class Form(StrEnum):
 
     markdown = "markdown"
     json = "json"
+
+
+JUDGED = "k={0},v={0}".format(next(iter(BOOKS)))
 
 
 def register(app: typer.Typer) -> None:
@@ -42,9 +46,7 @@ def register(app: typer.Typer) -> None:
 def probe(
     model: Annotated[str, typer.Argument(help="Model by name or path.")],
     a: Annotated[str, typer.Option("--a", help="backend=,k=,v=,anchor=,bin=,env.NAME=")] = "k=f16,v=f16",
-    b: Annotated[
-        str, typer.Option("--b", help="The configuration to judge, likewise.")
-    ] = "k=turbo4,v=turbo4",
+    b: Annotated[str, typer.Option("--b", help="The configuration to judge, likewise.")] = JUDGED,
     corpus: o.Corpus = None,
     tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens to evaluate, in one batch.")] = 96,
     threads: o.Threads = None,

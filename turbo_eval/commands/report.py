@@ -10,8 +10,8 @@ import typer
 from turbo_eval.analysis import report as reports
 from turbo_eval.analysis.staleness import stale
 from turbo_eval.analysis.summary import by_setting, summarize
-from turbo_eval.bench.run import read_bench
 from turbo_eval.errors import IncompleteError
+from turbo_eval.records.speed import read_bench
 from turbo_eval.records.store import read_all, warn_once
 from turbo_eval.util.paths import results_dir
 

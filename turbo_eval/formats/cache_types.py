@@ -46,6 +46,7 @@ class CacheType:
             measured with their reference encoders on 2^17 values; None: not measured.
         codebook: of the types that our patches add.
         common: among the pairs that commands take when none are named.
+        beside_ours: on K where one of our types is on V alone.
     """
 
     name: str
@@ -54,6 +55,7 @@ class CacheType:
     mse: float | None = None
     codebook: Codebook | None = None
     common: bool = False
+    beside_ours: bool = False
 
     @property
     def bpv(self) -> float:
@@ -88,7 +90,7 @@ CACHE_TYPES: dict[str, CacheType] = {
         CacheType("f32", 1, 4),
         CacheType("f16", 1, 2, mse=4.2e-8, common=True),
         CacheType("bf16", 1, 2, mse=2.7e-6),
-        CacheType("q8_0", 32, 34, mse=2.1e-5, common=True),
+        CacheType("q8_0", 32, 34, mse=2.1e-5, common=True, beside_ours=True),
         CacheType("q5_1", 32, 24, mse=1.5e-3),
         CacheType("q5_0", 32, 22, mse=1.8e-3),
         CacheType("q4_1", 32, 20, mse=6.3e-3),
@@ -98,6 +100,20 @@ CACHE_TYPES: dict[str, CacheType] = {
         CacheType("turbo3", 64, 26, mse=2.55e-2, codebook=_TURBO3, common=True),
     )
 }
+
+
+def usual_pairs() -> tuple[tuple[str, str], ...]:
+    """The pairs that are worth asking for, from few bits to many. A cheap K costs more quality than a cheap
+    V, so K is never the smaller one."""
+    common = sorted((t for t in CACHE_TYPES.values() if t.common), key=lambda t: t.bpv)
+    pairs = []
+    for k in common:
+        if k.codebook or k.beside_ours:
+            pairs += [(k.name, v.name) for v in common if v.codebook and v.bpv < k.bpv]
+        pairs.append((k.name, k.name))
+    return tuple(pairs)
+
+
 BOOKS: dict[str, Codebook] = {t.name: t.codebook for t in CACHE_TYPES.values() if t.codebook}
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from turbo_eval.analysis.compare.match import Entry, facts
 from turbo_eval.analysis.statistics import chunk_error, delta_pct, normal_p, student_p, unpaired_error
-from turbo_eval.bench.run import BenchRecord
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord
 
 # llama-perplexity prints PPL with four decimals and KLD with six: two roundings.
 _RESOLUTION = {"PPL": 1.5e-4, "KLD": 1.5e-6, "same top %": 1.5e-3}

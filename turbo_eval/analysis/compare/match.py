@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from turbo_eval.bench.run import BenchRecord, read_bench
 from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.record import Record
+from turbo_eval.records.speed import BenchRecord, read_bench
 from turbo_eval.records.store import read_all
 from turbo_eval.util.paths import results_dir
 
