@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ from tests.integration.test_bench import bench_record
 from tests.support.harness import Cli
 from tests.support.records import MACHINE, make_kld, make_record
 from turbo_eval.analysis.compare import Comparison, Side, compare, render
+from turbo_eval.analysis.compare.difference import _others
 from turbo_eval.analysis.statistics import student_p
 from turbo_eval.errors import IncompleteError
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
-from turbo_eval.records.record import Record
+from turbo_eval.records.record import Greedy, Record
 from turbo_eval.records.speed import BenchRecord
 from turbo_eval.records.store import Store
 
@@ -199,3 +201,18 @@ def test_real_runs(tmp_path: Path, build: Build, smollm: ModelFile) -> None:
     assert bare.returncode == 1, bare.stdout + bare.stderr
     assert f"Only {pair} differs; f16:f16 agrees." in bare.stdout
     assert "Only the environment differs (none; LLAMA_ATTN_ROT_DISABLE=1): it explains this." in bare.stdout
+
+
+def test_the_error_of_greedy_agreement_is_that_of_all_tokens_once() -> None:
+    """`tokens` counts those of all prompts: times the prompts it made the error half as large."""
+
+    def record(agree: float) -> Record:
+        found = Greedy(
+            prompts=4, tokens=128, identical_pct=0, agree_pct=agree, first_divergence=3, outputs=()
+        )
+        return make_record("q8_0:q8_0", None, metric="greedy").model_copy(update={"greedy": found})
+
+    ((what, a, b, error_a, error_b),) = _others(record(90.0), record(80.0))
+    assert (what, a, b) == ("greedy same %", 90.0, 80.0)
+    assert error_a == pytest.approx(100 * math.sqrt(0.9 * 0.1 / 128), rel=0.05)
+    assert error_b == pytest.approx(100 * math.sqrt(0.8 * 0.2 / 128), rel=0.05)

@@ -70,7 +70,6 @@ def group(
 
     @commands.command("list", help=page(f"The {what} known by name, and which are here.", "list"))
     def list_() -> None:
-
         Console(soft_wrap=True, highlight=False).print(listing(entries(), resolve, default()))
 
     @commands.command(

@@ -59,7 +59,6 @@ def bias(
     ] = 512,
     out: Out = None,
 ) -> None:
-
     biases = [kbias.read_kbias(resolve_model(name).path) for name in model]
     for found in biases:
         print(f"{found.name}\n\n{kbias.table(found)}\n")
@@ -74,7 +73,6 @@ def effect(
     on: Annotated[str, typer.Option(help="The anchor that counts as on, as asked for.")] = "auto",
     out: Out = None,
 ) -> None:
-
     found = effects.effects(read_all(results or [results_dir()]), on)
     if not found:
         raise IncompleteError(
@@ -86,7 +84,6 @@ def effect(
 
 
 def _save(figure: object, out: Path) -> None:
-
     assert isinstance(figure, Figure)
     if out.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
         raise UsageError(

@@ -83,7 +83,6 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also draw it: .svg or .png.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-
     if (model is None) == (synthetic is None):
         raise UsageError("name a model or a synthetic shape", "give --model or --synthetic, not both")
     if prompt + gen == 0:
@@ -146,7 +145,6 @@ def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool
 
 
 def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[str, object]]:
-
     rows: list[dict[str, object]] = []
     for record in records:
         found = quality(record, known)

@@ -40,7 +40,6 @@ def calibrate(
     backend: o.Backend = None,
     bin_dir: o.BinDir = None,
 ) -> None:
-
     build = o.load_build(backend or "cpu", bin_dir)
     build.tool(calibration.TOOL)  # before anything is downloaded
     found = resolve_model(model)

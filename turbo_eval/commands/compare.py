@@ -42,7 +42,6 @@ def compare(
     b: Annotated[str, typer.Argument(help="Results of side B.")],
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.rich,
 ) -> None:
-
     result = compare_sides(read_side(a), read_side(b))
     if form is Form.markdown:
         print(render.render_markdown(result), end="")

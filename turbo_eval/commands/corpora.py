@@ -13,17 +13,14 @@ from turbo_eval.inputs.registry import Entry
 
 
 def _registry() -> Mapping[str, Entry]:
-
     return corpora.registry()
 
 
 def _resolve(name_or_path: str, *, download: bool = True) -> CorpusFile:
-
     return corpora.resolve_corpus(name_or_path, download=download)
 
 
 def _default() -> str:
-
     return corpora.default_name()
 
 

@@ -39,7 +39,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _table(findings: list[Finding]) -> Table:
-
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(no_wrap=True)

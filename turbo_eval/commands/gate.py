@@ -46,7 +46,6 @@ def gate(
         typer.Option(help="Write verdict and table there, for a pull request.", show_default=False),
     ] = None,
 ) -> None:
-
     spec = load_gate(config, backend=backend)
     build = o.load_build(spec.sweep.backend, bin_dir)
     plan = make_plan(spec.sweep, build, download=False)

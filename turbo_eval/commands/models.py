@@ -13,17 +13,14 @@ from turbo_eval.inputs.registry import Entry
 
 
 def _registry() -> Mapping[str, Entry]:
-
     return models.registry()
 
 
 def _resolve(name_or_path: str, *, download: bool = True) -> ModelFile:
-
     return models.resolve_model(name_or_path, download=download)
 
 
 def _describe(found: _assets.Asset) -> str:
-
     if not isinstance(found, ModelFile):
         return ""
     info = found.gguf

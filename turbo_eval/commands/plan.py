@@ -49,7 +49,6 @@ def plan(
     bin_dir: o.BinDir = None,
     results: o.Results = None,
 ) -> None:
-
     given = o.overrides(
         models=model,
         corpus=corpus,

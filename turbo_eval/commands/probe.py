@@ -54,7 +54,6 @@ def probe(
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.markdown,
     keep: Annotated[Path | None, typer.Option(help="Keep the tensors (GGUF) and logs here.")] = None,
 ) -> None:
-
     setups = [Setup.parse(a), Setup.parse(b)]
     gguf, text = resolve_model(model).path, resolve_corpus(corpus or default_name()).path
     with tempfile.TemporaryDirectory(prefix="turbo-eval-probe-") as scratch:

@@ -98,7 +98,6 @@ def recommend(
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Only look at what is on record.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, nothing else.")] = False,
 ) -> None:
-
     if max_kld is None and max_delta_ppl is None:
         max_delta_ppl = 3.0
         print("turbo-eval: no bound was given, taking --max-delta-ppl 3%", file=sys.stderr)
@@ -204,7 +203,6 @@ def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> s
 
 
 def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int) -> None:
-
     print(f"{file.name}, build {build.tree[:12]}, KV cache at {ctx} tokens:")
     good = best(ranked)
     labels = {id(c): name for name, c in zip(("recommended", "runner-up"), good, strict=False)}

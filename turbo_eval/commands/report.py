@@ -34,7 +34,6 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
 ) -> None:
-
     places = results or [results_dir()]
     records = read_all(places)
     benches = [b for place in places if place.is_dir() for b in read_bench(place)]

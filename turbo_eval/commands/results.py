@@ -127,7 +127,6 @@ def schema() -> None:
 
 
 def _records(results: Path | None) -> list[Record]:
-
     return read_all([results or results_dir()])
 
 

@@ -38,7 +38,6 @@ def selftest(
     failures: Annotated[bool, typer.Option("--failures", help="Print failing lines only.")] = False,
     bin_dir: o.BinDir = None,
 ) -> None:
-
     find_backend(backend)
     names = [name for name in all_checks() if only in name]
     if not names:

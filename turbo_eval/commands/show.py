@@ -33,7 +33,6 @@ def show(
     key: Annotated[str, typer.Argument(help="Key of the record, or its first digits.")],
     results: o.Results = None,
 ) -> None:
-
     root = results or results_dir()
     files = [p for p in record_files([root]) if p.name.split(".")[-2].startswith(key)]
     if not files:

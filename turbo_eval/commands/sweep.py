@@ -89,7 +89,6 @@ def sweep(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
-
     target = parse_target(scheduler, jobs)
     spec = o.load_spec(
         config,

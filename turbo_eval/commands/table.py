@@ -57,7 +57,6 @@ def table(
     against: o.Against = None,
     matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
-
     records = read_all(results or [results_dir()])
     if not records:
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")

@@ -50,7 +50,6 @@ def worker(
     insecure: o.Insecure = False,
     patience: o.Patience = 60.0,
 ) -> None:
-
     require_distributed()
 
     address = scheduler_address(scheduler)

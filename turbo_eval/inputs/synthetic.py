@@ -120,7 +120,6 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
 
 
 def _write(shape: Shape, path: Path) -> None:
-
     writer = GGUFWriter(path, "llama")
     writer.add_name(shape.name())
     writer.add_block_count(shape.layers)
