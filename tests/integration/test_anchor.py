@@ -128,7 +128,6 @@ def test_context_shift_gives_the_same_text(build: Build, exact_smollm: Path, cal
     assert generate(build, exact_smollm, *SHIFT, "--kv-anchor", calibration) == off
 
 
-@pytest.mark.slow
 def test_context_shift_on_a_model_with_bias(build: Build, exact_qwen: Path) -> None:
     off = generate(build, exact_qwen, *SHIFT, "--kv-anchor", "off")
     assert generate(build, exact_qwen, *SHIFT, "--kv-anchor", "on") == off
@@ -146,7 +145,6 @@ def test_state_survives_saving_and_another_anchor_is_refused(
     assert "the state was saved with another --kv-anchor" in refused
 
 
-@pytest.mark.slow
 def test_exact_on_a_model_with_bias(
     build: Build, exact_qwen: Path, prose: CorpusFile, tmp_path: Path
 ) -> None:
@@ -155,7 +153,6 @@ def test_exact_on_a_model_with_bias(
     assert abs(kld) < 1e-5
 
 
-@pytest.mark.slow
 def test_off_is_the_catastrophe_and_auto_the_cure(
     build: Build, qwen: ModelFile, prose: CorpusFile, tmp_path: Path
 ) -> None:
