@@ -174,7 +174,7 @@ def test_a_sound_build_has_no_finding(prober: Prober, tmp_path: Path) -> None:
     render.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     again = compare(prober.clean, prober.dump(GOOD))
-    assert "All cache bytes are the same on both sides." in render.verdict(again)
+    assert "All cache bytes are the same on both sides." in render.conclusion(again)
 
 
 @pytest.mark.build

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.golden import TOOL, World, world
+from turbo_eval.metrics import METRICS
+from turbo_eval.metrics.base import Metric
 from turbo_eval.util import paths
 
 LOGS = Path(__file__).parents[1] / "data" / "logs"
@@ -221,3 +224,10 @@ def test_a_backend_is_a_file_and_a_registry_line(copy: Copy) -> None:
         swept = copy.run("sweep", *what, "--backend", "own", "--no-reference", "--json")
         (row,) = json.loads(swept.stdout)
         assert (row["backend"], row["status"]) == ("own", status), (number, swept.stderr)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda m: m.name)
+def test_every_metric_says_where_its_method_is_described(metric: Metric) -> None:
+    page, _, anchor = metric.docs.partition("#")
+    headings = re.findall(r"^#+ (.+)$", (paths.repo_root() / page).read_text(), re.MULTILINE)
+    assert anchor in {heading.lower().replace(" ", "-") for heading in headings}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.records import make_kld, make_record
 from turbo_eval.analysis.figures import level, pareto
-from turbo_eval.analysis.report import html_page, markdown, verdict, write_report
+from turbo_eval.analysis.report import conclusion, html_page, markdown, write_report
 from turbo_eval.analysis.summary import by_setting, summarize
 
 RECORDS = [
@@ -51,11 +51,11 @@ def test_figures_are_files_too(page: Path) -> None:
 
 
 def test_verdict_in_words() -> None:
-    said = " ".join(verdict(summarize(RECORDS)))
+    said = " ".join(conclusion(summarize(RECORDS)))
     assert "Within 1 % of the perplexity of f16/f16, q8_0/turbo3 is the smallest cache: 5.875 bits" in said
     assert "Unusable here (perplexity more than doubled): turbo3/turbo3" in said
     assert "1 of 6 pairs have no number" in said
-    alone = " ".join(verdict(summarize([make_record("q4_0:q4_0", 10.4)])))
+    alone = " ".join(conclusion(summarize([make_record("q4_0:q4_0", 10.4)])))
     assert "no verdict" in alone
 
 

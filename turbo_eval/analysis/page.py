@@ -48,14 +48,14 @@ def css() -> Markup:
     return Markup(resources.files("turbo_eval.analysis").joinpath("report.css").read_text(encoding="utf-8"))
 
 
-def setting(name: str, rows: Sequence[Summary], verdict: list[str]) -> dict[str, Any]:
+def setting(name: str, rows: Sequence[Summary], conclusion: list[str]) -> dict[str, Any]:
     """What the page shows of one setting."""
     caption, columns, lines = table.for_people(table.to_frame(rows))
     figure = figures.pareto_figure(rows)
     front = [r for r in figures.pareto(rows) if r.bpv < 16]
     return {
         "name": name,
-        "verdict": verdict,
+        "conclusion": conclusion,
         "reference": said_of_reference(rows),
         "caption": caption,
         "columns": columns,

@@ -75,7 +75,7 @@ def _bench_rank(record: BenchRecord) -> tuple[int, float]:
     return record.depth, -(cache_type(record.k).bpv + cache_type(record.v).bpv)
 
 
-def verdict(rows: Sequence[Summary]) -> list[str]:
+def conclusion(rows: Sequence[Summary]) -> list[str]:
     """What a setting's rows say, in sentences."""
     against = rows[0].against
     measured = [r for r in rows if r.status == "ok" and r.delta is not None and not r.is_reference]
@@ -156,7 +156,7 @@ def markdown(
 ) -> str:
     """The report for a pull request."""
     settings = [
-        {"name": name, "verdict": verdict(rows), "markdown": table.render_markdown(rows)}
+        {"name": name, "conclusion": conclusion(rows), "markdown": table.render_markdown(rows)}
         for name, rows in zip(titles(groups), groups, strict=True)
     ]
     template = page.environment().get_template("report.md.j2")
@@ -178,7 +178,7 @@ def html_page(
             records=records,
             failures=[r for rows in groups for r in rows if r.status != "ok"],
             settings=[
-                page.setting(name, rows, verdict(rows)) for name, rows in zip(names, groups, strict=True)
+                page.setting(name, rows, conclusion(rows)) for name, rows in zip(names, groups, strict=True)
             ],
             speeds=[page.speed(name, own, records, drawn=True) for name, own in _by_model(benches)],
             speed_columns=page.SPEED_COLUMNS,

@@ -22,7 +22,7 @@ from turbo_eval.sweep.spec import SweepSpec
 from turbo_eval.util.files import lock
 from turbo_eval.util.paths import results_dir
 
-__all__ = ["Bisection", "Condition", "Estimate", "Measured", "Outcome", "UntestableError"]
+__all__ = ["Answer", "Bisection", "Condition", "Estimate", "Tested", "UntestableError"]
 
 # A cell that ends like this is as bad as a bad number.
 BAD_STATUS: frozenset[Status] = frozenset(
@@ -33,7 +33,7 @@ _IS = {"good": "is good", "bad": "is bad", "skip": "cannot be tested"}
 
 
 @dataclass(frozen=True)
-class Measured:
+class Tested:
     """A revision with its verdict: "good", "bad" or "skip", and the number or reason in words."""
 
     commit: str
@@ -43,13 +43,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Answer:
     """`first_bad` and the revision before it; None with `candidates` if skips hide the answer."""
 
-    first_bad: Measured | None
-    before: Measured | None
+    first_bad: Tested | None
+    before: Tested | None
     candidates: tuple[str, ...]
-    tested: tuple[Measured, ...]
+    tested: tuple[Tested, ...]
     builds: int
 
 
@@ -79,7 +79,7 @@ class Bisection:
     builder: Builder
     say: Callable[[str], None]
     baseline: float | None = None
-    _tested: dict[str, Measured] = field(default_factory=dict)
+    _tested: dict[str, Tested] = field(default_factory=dict)
 
     def estimate(self) -> Estimate:
         """How far it is, without building anything."""
@@ -109,7 +109,7 @@ class Bisection:
         """The metric the verdict is on; a decode cell brings its batched one along."""
         return self.spec.metrics[0]
 
-    def run(self) -> Outcome:
+    def run(self) -> Answer:
         """Search. Interrupted, it can be run again: builds and numbers are kept by tree.
 
         Raises:
@@ -118,7 +118,7 @@ class Bisection:
         with lock(bisect_dir() / "bisect"):  # one search at a time: they share sources and build folder
             return self._run()
 
-    def _run(self) -> Outcome:
+    def _run(self) -> Answer:
         self.history.between(self.good, self.bad)
         # What is wrong with the request would otherwise look like revisions that cannot be tested.
         for name in self.spec.models:
@@ -133,7 +133,7 @@ class Bisection:
             while state.current:
                 state.judge(self.measure(state.current).verdict)
         if not state.first_bad:
-            return Outcome(None, None, state.candidates, tuple(self._tested.values()), self.builder.made)
+            return Answer(None, None, state.candidates, tuple(self._tested.values()), self.builder.made)
         first = self.measure(state.first_bad)
         if first.verdict != "bad":
             raise UsageError(
@@ -141,26 +141,26 @@ class Bisection:
                 f"check that it fulfils {self.condition.text!r}",
             )
         before = self._tested.get(self.history.commit(f"{first.commit}^"))
-        return Outcome(first, before, (), tuple(self._tested.values()), self.builder.made)
+        return Answer(first, before, (), tuple(self._tested.values()), self.builder.made)
 
-    def measure(self, commit: str) -> Measured:
+    def measure(self, commit: str) -> Tested:
         """Build and run one revision, once."""
         if commit not in self._tested:
             self._tested[commit] = found = self._measure(commit)
             self.say(f"{found.verdict:4}  {self.history.subject(commit)}: {found.words}")
         return self._tested[commit]
 
-    def _measure(self, commit: str) -> Measured:
+    def _measure(self, commit: str) -> Tested:
         try:
             records = self._records(self.history.llama_commit(commit))
         except UntestableError as error:
-            return Measured(commit, "skip", error.message)
+            return Tested(commit, "skip", error.message)
         of_metric = {r.cell.pair(): r for r in records if r.cell.metric == self.metric}
         record = of_metric[":".join(self.spec.pairs[-1])]
         for each in (record, *records):
             if not each.ok:
                 words = f"{each.cell.pair()} is {each.status}: {each.detail}"
-                return Measured(commit, "bad" if each.status in BAD_STATUS else "skip", words)
+                return Tested(commit, "bad" if each.status in BAD_STATUS else "skip", words)
         values = numbers(record)
         exact = of_metric.get("f16:f16")
         if exact is not None and exact.ppl is not None:
@@ -170,7 +170,7 @@ class Bisection:
             self.baseline = subject
         bad = self.condition.holds(values | {"baseline": self.baseline})
         words = ", ".join(f"{name} {values[name]:.6g}" for name in values if name in self.condition.names)
-        return Measured(commit, "bad" if bad else "good", words, subject)
+        return Tested(commit, "bad" if bad else "good", words, subject)
 
     def _records(self, llama_commit: str) -> list[Record]:
         build = self.builder.build(llama_commit)

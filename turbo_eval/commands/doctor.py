@@ -12,7 +12,7 @@ from rich.table import Table
 
 from turbo_eval.errors import EnvironmentProblem
 from turbo_eval.setup import doctor
-from turbo_eval.setup.doctor import Finding
+from turbo_eval.setup.doctor import Item
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
             raise EnvironmentProblem(f"a sweep on the CPU cannot run yet: {names}", missing[0].fix)
 
 
-def _table(findings: list[Finding]) -> Table:
+def _table(findings: list[Item]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         table.add_column(no_wrap=True)

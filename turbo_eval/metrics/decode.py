@@ -80,11 +80,11 @@ class DecodePath(Metric):
             anchor=job.anchor,
         )
         outcome, run_info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
-        result, effective, verdict = judged(cell, outcome, bench.timeout)
+        result, effective, fault = judged(cell, outcome, bench.timeout)
         decode: Decode | None = None
-        if verdict is None:
-            decode, verdict = compare(cell, result, references)
-        return record_of(cell, run_info, bench, effective, verdict, result, decode=decode)
+        if fault is None:
+            decode, fault = compare(cell, result, references)
+        return record_of(cell, run_info, bench, effective, fault, result, decode=decode)
 
     def words(self, record: Record) -> str:
         assert record.decode is not None
@@ -104,7 +104,7 @@ def allowed_pct(bound: float, kld: float, tokens: int) -> float:
 
 def compare(
     cell: Cell, result: output.PplText, references: Sequence[Record]
-) -> tuple[Decode | None, judge.Verdict | None]:
+) -> tuple[Decode | None, judge.Fault | None]:
     """Perplexity through ubatch 1 against the batched run's after the same number of chunks."""
     batched = next((record for record in references if len(record.running_ppl) >= cell.chunks), None)
     if batched is None:

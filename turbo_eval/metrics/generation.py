@@ -75,16 +75,16 @@ class Generation(Metric):
             )
             result = json.loads(written.read_text(encoding="utf-8")) if written.exists() else None
         effective = output.parse_effective(outcome.text)
-        verdict = _verdict(cell, outcome, bench) or _missing(outcome, result)
+        fault = _fault(cell, outcome, bench) or _missing(outcome, result)
         figures: dict[str, Any] = {}
-        if verdict is None:
+        if fault is None:
             exact = references[0] if references else None
             if exact is None and not is_exact(cell):
-                verdict = ("no-result", "there is no f16/f16 result to compare with")
+                fault = ("no-result", "there is no f16/f16 result to compare with")
             else:
                 figures = self.figures(result or {}, exact)
         run_info = run_of(outcome, argv, removed, bench, log)
-        return record_of(cell, run_info, bench, effective, verdict, **figures)
+        return record_of(cell, run_info, bench, effective, fault, **figures)
 
     def _request(self, job: Job, bench: Bench, written: Path) -> dict[str, Any]:
         cell = job.cell
@@ -114,13 +114,13 @@ class Generation(Metric):
         return follow
 
 
-def _verdict(cell: Cell, outcome: Outcome, bench: Bench) -> judge.Verdict | None:
+def _fault(cell: Cell, outcome: Outcome, bench: Bench) -> judge.Fault | None:
     # The context is the metric's own, not the cell's, so only the rest of the state is compared.
     state = output.parse_effective(outcome.text).model_copy(update={"ctx": None})
     return judge.judge_process(outcome, bench.timeout) or judge.judge_state(cell, state)
 
 
-def _missing(outcome: Outcome, result: object) -> judge.Verdict | None:
+def _missing(outcome: Outcome, result: object) -> judge.Fault | None:
     if result is not None:
         return None
     return "no-result", output.last_error(outcome.text) or "it wrote no result"

@@ -8,10 +8,10 @@ from turbo_eval.llama.backends import backend
 from turbo_eval.records.record import Cell, Effective, Status, finite
 from turbo_eval.util.process import Outcome
 
-Verdict = tuple[Status, str]
+Fault = tuple[Status, str]
 
 
-def judge_process(outcome: Outcome, timeout: float | None) -> Verdict | None:
+def judge_process(outcome: Outcome, timeout: float | None) -> Fault | None:
     """How the process ended, if it ended badly."""
     if outcome.timed_out:
         if timeout is not None and outcome.seconds >= timeout:
@@ -29,7 +29,7 @@ def judge_process(outcome: Outcome, timeout: float | None) -> Verdict | None:
     return "crash", f"exit code {outcome.returncode}: {reason}"
 
 
-def judge_state(cell: Cell, effective: Effective) -> Verdict | None:
+def judge_state(cell: Cell, effective: Effective) -> Fault | None:
     """What runs against what was asked for, if they differ."""
     for side, asked, got in (("K", cell.k, effective.k), ("V", cell.v, effective.v)):
         if got is None:
@@ -53,7 +53,7 @@ def judge_state(cell: Cell, effective: Effective) -> Verdict | None:
     return _judge_device(cell, effective)
 
 
-def _judge_device(cell: Cell, effective: Effective) -> Verdict | None:
+def _judge_device(cell: Cell, effective: Effective) -> Fault | None:
     if not backend(cell.backend).gpu:
         return None
     if effective.layers_offloaded is None:
@@ -72,7 +72,7 @@ def _judge_device(cell: Cell, effective: Effective) -> Verdict | None:
     return None
 
 
-def judge_numbers(cell: Cell, text: str, result: output.PplText) -> Verdict | None:
+def judge_numbers(cell: Cell, text: str, result: output.PplText) -> Fault | None:
     """What is wrong with the numbers, if anything."""
     tokens = output.corpus_tokens_if_short(text)
     if tokens is not None:

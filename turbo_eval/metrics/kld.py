@@ -73,11 +73,11 @@ class KlDivergence(Metric):
             logits_base=base,
         )
         outcome, run_info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
-        result, effective, verdict = judged(cell, outcome, bench.timeout)
-        if verdict is None and result.kld is None:
-            verdict = ("base-invalid", output.last_error(outcome.text) or "no KL statistics were printed")
-        kld = {} if verdict else {"kld": result.kld}
-        return record_of(cell, run_info, bench, effective, verdict, result, **kld)
+        result, effective, fault = judged(cell, outcome, bench.timeout)
+        if fault is None and result.kld is None:
+            fault = ("base-invalid", output.last_error(outcome.text) or "no KL statistics were printed")
+        kld = {} if fault else {"kld": result.kld}
+        return record_of(cell, run_info, bench, effective, fault, result, **kld)
 
     def words(self, record: Record) -> str:
         return super().words(record) + (f", KLD {record.kld.mean:z.5f}" if record.kld else "")

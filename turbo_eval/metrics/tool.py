@@ -68,22 +68,22 @@ def _follow(
 
 def judged(
     cell: Cell, outcome: Outcome, timeout: float | None
-) -> tuple[output.PplText, Effective, judge.Verdict | None]:
+) -> tuple[output.PplText, Effective, judge.Fault | None]:
     """Text → what it says and what is wrong: process, then state, then numbers; the first fault counts."""
     result = output.parse_ppl(outcome.text)
     effective = output.parse_effective(outcome.text)
-    verdict = (
+    fault = (
         judge.judge_process(outcome, timeout)
         or judge.judge_state(cell, effective)
         or judge.judge_numbers(cell, outcome.text, result)
     )
-    return result, effective, verdict
+    return result, effective, fault
 
 
 def conclude(cell: Cell, outcome: Outcome, run_info: Run, bench: Bench) -> Record:
     """The record of a plain run."""
-    result, effective, verdict = judged(cell, outcome, bench.timeout)
-    return record_of(cell, run_info, bench, effective, verdict, result)
+    result, effective, fault = judged(cell, outcome, bench.timeout)
+    return record_of(cell, run_info, bench, effective, fault, result)
 
 
 def exact_runner(bench: Bench, on_progress: OnProgress) -> RunExact:
@@ -101,23 +101,23 @@ def record_of(
     run_info: Run,
     bench: Bench,
     effective: Effective,
-    verdict: judge.Verdict | None,
+    fault: judge.Fault | None,
     result: output.PplText | None = None,
     **figures: Any,
 ) -> Record:
-    """A record: with a verdict without numbers, else with those of `result`.
+    """A record: with a fault without numbers, else with those of `result`.
 
     Args:
-        figures: further fields; those given with a verdict say what went wrong.
+        figures: further fields; those given with a fault say what went wrong.
     """
     numbers: dict[str, Any] = {}
-    if verdict is None and result is not None:
+    if fault is None and result is not None:
         numbers = {"ppl": result.ppl, "ppl_err": result.ppl_err, "running_ppl": result.running}
     return Record(
         key=cell.key(),
         cell=cell,
-        status=verdict[0] if verdict else "ok",
-        detail=verdict[1] if verdict else "",
+        status=fault[0] if fault else "ok",
+        detail=fault[1] if fault else "",
         effective=effective,
         run=run_info,
         provenance=bench.provenance,

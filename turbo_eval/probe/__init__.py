@@ -11,7 +11,7 @@ from turbo_eval.errors import UsageError
 from turbo_eval.probe.dump import Dump, Layer, Setup, read, take
 from turbo_eval.probe.steps import Finding, Judged, judge
 
-__all__ = ["Comparison", "LayerDifference", "Setup", "compare", "read", "take"]
+__all__ = ["LayerDifference", "Probed", "Setup", "compare", "read", "take"]
 
 # Sides with the same types share every rounding but the order of sums: more than this is a fault.
 SAME_TYPES_LIMIT = 0.05
@@ -35,7 +35,7 @@ class LayerDifference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Probed:
     """What `compare` found; `judged_*` and `differences` by layer, `findings_*` first cause first.
 
     `kld` is the mean KL divergence of B's next-token distributions from A's in nats, `same_top` the
@@ -58,7 +58,7 @@ class Comparison:
         return bool(self.findings_a or self.findings_b)
 
 
-def compare(a: Dump, b: Dump) -> Comparison:
+def compare(a: Dump, b: Dump) -> Probed:
     """Judge every layer of both sides on its own, then B against A.
 
     Raises:
@@ -72,7 +72,7 @@ def compare(a: Dump, b: Dump) -> Comparison:
     findings_b = _ordered(judged_b)
     if not findings_a and not findings_b:
         findings_b = _unexplained(a, b, differences)
-    return Comparison(
+    return Probed(
         a=a.setup,
         b=b.setup,
         tokens=len(a.tokens),

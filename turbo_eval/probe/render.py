@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from turbo_eval.probe import Comparison, LayerDifference
+from turbo_eval.probe import LayerDifference, Probed
 from turbo_eval.probe.steps import Judged
 
 COLUMNS = (
@@ -29,7 +29,7 @@ def _row(difference: LayerDifference, judged: Judged) -> list[str]:
     return [str(d.layer), *errors, f"{d.cosine:.5f}", *noise, f"{j.scores_kld:.2g}", f"{j.fa_nmse:.1g}"]
 
 
-def verdict(result: Comparison) -> list[str]:
+def conclusion(result: Probed) -> list[str]:
     """Sentences: the first cause of each side, and how far the answers part."""
     lines = [
         f"Next-token distributions over {result.tokens} tokens: KL divergence {result.kld:.5f} nats,"
@@ -64,21 +64,21 @@ def _bytes(same: list[LayerDifference], layer: int) -> str:
     return ", ".join(f"{100 * share:.2f} % of {name}'s agree" for name, share in shares)
 
 
-def render_markdown(result: Comparison) -> str:
+def render_markdown(result: Probed) -> str:
     """Fit for an issue."""
     rows = [_row(d, j) for d, j in zip(result.differences, result.judged_b, strict=True)]
-    text = [f"**A** = `{result.a.text}`, **B** = `{result.b.text}`", "", *verdict(result), ""]
+    text = [f"**A** = `{result.a.text}`, **B** = `{result.b.text}`", "", *conclusion(result), ""]
     text += ["| " + " | ".join(COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
     text += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*text, "", LEGEND]) + "\n"
 
 
-def render_json(result: Comparison) -> str:
+def render_json(result: Probed) -> str:
     """Everything, for scripts."""
     return json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n"
 
 
-def plot(result: Comparison, path: Path) -> None:
+def plot(result: Probed, path: Path) -> None:
     """Errors over layers: B against A above, the cache's own below, layers with findings marked."""
     import matplotlib  # noqa: PLC0415 half a second, for figures alone
 

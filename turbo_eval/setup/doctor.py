@@ -22,7 +22,7 @@ from turbo_eval.util.project import Project
 
 
 @dataclass(frozen=True)
-class Finding:
+class Item:
     """One line of the report. `required`: without it there is no CPU sweep."""
 
     section: str
@@ -33,7 +33,7 @@ class Finding:
     required: bool = False
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[Item]:
     """Look at everything, change nothing, stay off the network."""
     yield from _toolchain()
     yield from _source()
@@ -45,30 +45,26 @@ def examine() -> Iterator[Finding]:
 
 def _attempt(
     section: str, name: str, look: Callable[[], str], fix: str = "", *, required: bool = False
-) -> Finding:
+) -> Item:
     try:
-        return Finding(section, name, True, look(), required=required)
+        return Item(section, name, True, look(), required=required)
     except TurboEvalError as error:
-        return Finding(section, name, False, error.message, fix or error.next_step, required)
+        return Item(section, name, False, error.message, fix or error.next_step, required)
 
 
-def _toolchain() -> Iterator[Finding]:
+def _toolchain() -> Iterator[Item]:
     section = "toolchain"
     here = provenance.machine()
-    yield Finding(
-        section, "machine", True, f"{here.cpu}, {here.cores} cores, {here.memory_gib} GiB, {here.os}"
-    )
-    yield Finding(section, "machine id", True, here.id)
+    yield Item(section, "machine", True, f"{here.cpu}, {here.cores} cores, {here.memory_gib} GiB, {here.os}")
+    yield Item(section, "machine id", True, here.id)
     python = ".".join(map(str, sys.version_info[:3]))
-    yield Finding(
-        section, "python", sys.version_info >= (3, 11), python, "install Python 3.11", required=True
-    )
+    yield Item(section, "python", sys.version_info >= (3, 11), python, "install Python 3.11", required=True)
     yield _attempt(section, "git", lambda: git("--version", cwd=Path.cwd()).strip(), required=True)
     for name in toolchain.MINIMUM:
         yield _attempt(section, name, lambda name=name: toolchain.find(name).shown(), required=True)  # type: ignore[misc]
     yield _attempt(section, "C++ compiler", lambda: toolchain.cxx().shown(), required=True)
     ccache = shutil.which("ccache")
-    yield Finding(
+    yield Item(
         section,
         "ccache",
         bool(ccache),
@@ -80,7 +76,7 @@ def _toolchain() -> Iterator[Finding]:
             yield _attempt(section, name, ask, f"only needed for {backend.title} builds")
 
 
-def _source() -> Iterator[Finding]:
+def _source() -> Iterator[Item]:
     section = "source"
 
     fill = paths.step("source", "source")
@@ -125,7 +121,7 @@ def _source() -> Iterator[Finding]:
     yield _attempt(section, "patches", series)
 
 
-def _builds() -> Iterator[Finding]:
+def _builds() -> Iterator[Item]:
     for backend in BACKENDS:
 
         def look(backend: str = backend) -> str:
@@ -170,17 +166,17 @@ def bindings_environment(build: builds.Build) -> dict[str, str]:
     return dict(os.environ) | {"LLAMA_CPP_LIB_PATH": str(build.bin_dir)}
 
 
-def _bindings() -> Finding:
+def _bindings() -> Item:
     """Which libllama does llama-cpp-python load? Asked in a process of its own: it may crash."""
     section, name = "bindings", bindings.NAME
     try:
         have = version(name)
     except PackageNotFoundError:
-        return Finding(section, name, False, "not installed", "turbo-eval bindings")
+        return Item(section, name, False, "not installed", "turbo-eval bindings")
     try:
         build = builds.find_build("cpu")
     except EnvironmentProblem as error:
-        return Finding(section, name, False, f"{have}, but {error.message}: nothing to load", error.next_step)
+        return Item(section, name, False, f"{have}, but {error.message}: nothing to load", error.next_step)
     done = subprocess.run(
         python.command("-c", _LOADED),
         capture_output=True,
@@ -192,17 +188,17 @@ def _bindings() -> Finding:
     said = done.stdout.splitlines()
     if done.returncode != 0 or len(said) < 2:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding(
+        return Item(
             section,
             name,
             False,
             f"{have} does not load {build.bin_dir}: {reason}",
             paths.step("build-cpu", "build cpu"),
         )
-    return Finding(section, name, True, f"{have} loads {said[0]} ({said[1].strip(' |')})")
+    return Item(section, name, True, f"{have} loads {said[0]} ({said[1].strip(' |')})")
 
 
-def _assets() -> Iterator[Finding]:
+def _assets() -> Iterator[Item]:
     for name in models.registry():
         yield _attempt(
             "models",
@@ -219,10 +215,10 @@ def _assets() -> Iterator[Finding]:
         )
 
 
-def _disk() -> Finding:
+def _disk() -> Item:
     folder = paths.cache_dir()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free / 1e9
-    return Finding(
+    return Item(
         "disk", "cache", free > 2, f"{folder}, {free:.1f} GB free", "free space or set TURBO_EVAL_CACHE"
     )
