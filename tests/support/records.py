@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from turbo_eval.formats.cache_types import kv_mib
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Machine, Provenance
-from turbo_eval.records.record import Cell, Decode, Effective, Kld, Record, Run
+from turbo_eval.records.record import Decode, Effective, Kld, Record, Run
 
 MACHINE = Machine(id="test-2c", cpu="test", features=("avx2",), cores=2, memory_gib=8.0, os="Linux")
 

@@ -14,7 +14,8 @@ from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import machine
 from turbo_eval.metrics.base import Bench, Job
 from turbo_eval.metrics.base_logits import BaseLogits
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.records.store import Store
 

@@ -12,7 +12,8 @@ from tests.support.records import make_cell, make_record
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.window import OFF
 from turbo_eval.records import speed
-from turbo_eval.records.record import Cell, read_record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import read_record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.records.store import Store
 

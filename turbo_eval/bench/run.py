@@ -13,8 +13,9 @@ from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.metrics import judge
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.records.record import Cell, Effective, Record, Status
+from turbo_eval.records.record import Effective, Record, Status
 from turbo_eval.records.reference import EXACT, serves
 from turbo_eval.records.speed import BenchRecord, key_of, write_speed
 from turbo_eval.util.process import child_environment, relevant_environment, run

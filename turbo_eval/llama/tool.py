@@ -11,7 +11,7 @@ from pathlib import Path
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
-from turbo_eval.records.record import Cell
+from turbo_eval.records.cell import Cell
 from turbo_eval.util.process import child_environment
 
 

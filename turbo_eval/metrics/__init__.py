@@ -11,7 +11,7 @@ from turbo_eval.metrics.greedy import GreedyAgreement
 from turbo_eval.metrics.kld import KlDivergence
 from turbo_eval.metrics.needle import NeedleRetrieval
 from turbo_eval.metrics.perplexity import Perplexity
-from turbo_eval.records.record import Cell
+from turbo_eval.records.cell import Cell
 
 METRICS: dict[str, Metric] = {
     m.name: m

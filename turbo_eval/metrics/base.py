@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
 from turbo_eval.util import numbers as n
 

@@ -21,7 +21,8 @@ from typing import Any
 from turbo_eval.errors import EnvironmentProblem, UsageError
 from turbo_eval.llama.tool import perplexity_argv
 from turbo_eval.metrics.base import Bench, Job
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.util import numbers
 from turbo_eval.util.files import writing

@@ -11,7 +11,8 @@ from turbo_eval.llama.tool import perplexity_argv
 from turbo_eval.metrics import judge
 from turbo_eval.metrics.base import Bench, Bound, Column, Extent, Job, Metric, OnProgress, Options, n
 from turbo_eval.metrics.tool import execute, judged, record_of
-from turbo_eval.records.record import Cell, Decode, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Decode, Record
 
 
 class DecodeOptions(Options):

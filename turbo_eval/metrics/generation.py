@@ -13,7 +13,8 @@ from turbo_eval.llama.backends import backend
 from turbo_eval.metrics import judge
 from turbo_eval.metrics.base import Bench, Job, Metric, OnProgress
 from turbo_eval.metrics.tool import record_of, run_of
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.records.reference import exact_generation_cell, is_exact
 from turbo_eval.util import python
 from turbo_eval.util.process import Outcome, child_environment, run

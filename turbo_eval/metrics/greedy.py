@@ -7,7 +7,8 @@ from typing import Any
 
 from turbo_eval.metrics.base import Column, Options, n
 from turbo_eval.metrics.generation import Generation
-from turbo_eval.records.record import Cell, Greedy, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Greedy, Record
 
 
 class GreedyOptions(Options):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from turbo_eval.formats.window import Window
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
-from turbo_eval.records.record import Cell, Effective, Status, finite
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Effective, Status, finite
 from turbo_eval.util.process import Outcome
 
 Fault = tuple[Status, str]

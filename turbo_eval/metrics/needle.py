@@ -8,7 +8,8 @@ from pydantic import Field
 
 from turbo_eval.metrics.base import Column, Options, n
 from turbo_eval.metrics.generation import Generation
-from turbo_eval.records.record import Cell, Needle, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Needle, Record
 
 
 class NeedleOptions(Options):

@@ -9,7 +9,8 @@ from turbo_eval.llama import output
 from turbo_eval.metrics import judge
 from turbo_eval.metrics.base import Bench, OnProgress
 from turbo_eval.metrics.base_logits import RunExact
-from turbo_eval.records.record import Cell, Effective, Record, Run, finite
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Effective, Record, Run, finite
 from turbo_eval.util.process import Outcome, child_environment, relevant_environment, run
 
 

@@ -1,19 +1,18 @@
-"""What was asked (Cell) and what happened (Record), and the identity that joins them."""
+"""What happened to a cell: its record, the figures in it, and files of it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.cache_types import cache_type, learn
-from turbo_eval.formats.window import Window
+from turbo_eval.records.cell import Cell, Frozen
 from turbo_eval.records.provenance import Provenance
 
 SCHEMA = 1
@@ -35,105 +34,7 @@ Status = Literal[
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
-class _Frozen(BaseModel):
-    # What is not finite is no number: the record that holds it cannot be read.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Cell(_Frozen):
-    """One measurement that is asked for. Sizes in tokens.
-
-    `recent` and `first` are the exact window's sizes; 0 and 0: none.
-    `env` holds the GGML_* and LLAMA_* variables in force; `options` the metric's own settings.
-    """
-
-    metric: str
-    model: str
-    model_sha256: str
-    corpus: str
-    corpus_sha256: str
-    k: str
-    v: str
-    ctx: int
-    chunks: int
-    batch: int
-    ubatch: int
-    flash_attn: bool = True
-    anchor: str = "off"
-    anchor_sha256: str = ""
-    recent: int = 0
-    first: int = 0
-    backend: str
-    tree: str
-    env: dict[str, str] = Field(default_factory=dict)
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    def key(self) -> str:
-        """Identity of the number: 16 hex digits over everything that can change it.
-
-        Names are left out (content hashes stand for them); timeouts and threads are no part of a
-        cell. The machine is the folder a record lies in.
-        """
-        return self._digest(exclude=_NAMES)
-
-    def key_any_tree(self) -> str:
-        """The same without the patched tree: finds records of another build (stale)."""
-        return self._digest(exclude=_NAMES | {"tree"})
-
-    def comparison_key(self) -> str:
-        """The same without K, V and the exact window: cells that may be compared with one another."""
-        return self._digest(exclude=_NAMES | _PAIR)
-
-    def text_key(self) -> str:
-        """Without K, V, the exact window, metric and its options: one text through one build of one model."""
-        return self._digest(exclude=_NAMES | _MEASURE | _PAIR)
-
-    def reference_key(self) -> str:
-        """Without all that is done to the cache: cells that have one reference."""
-        return self._digest(exclude=_NAMES | _MEASURE | _CACHE)
-
-    def batched(self, metric: str) -> Cell:
-        """The batched run over the same text that a decode cell is compared with; any other cell itself."""
-        if self.metric != "decode":
-            return self
-        options = self.options
-        update = {"ubatch": options["batched_ubatch"], "chunks": options["batched_chunks"]}
-        return self.model_copy(update=update | {"metric": metric, "options": {}})
-
-    def pair(self) -> str:
-        """ "K:V"."""
-        return f"{self.k}:{self.v}"
-
-    @property
-    def window(self) -> Window:
-        """The exact window that is asked for."""
-        return Window(self.recent, self.first)
-
-    def named(self) -> str:
-        """ "K:V", with the exact window if there is one."""
-        return self.pair() + (f" window {self.window}" if self.window else "")
-
-    def _digest(self, exclude: frozenset[str] | set[str]) -> str:
-        data = self.model_dump(mode="json", exclude=set(exclude))
-        if self.anchor_sha256:
-            data["anchor"] = ""  # a file is known by its content
-        for name in _WINDOW:  # a cell without a window has the key that it had before there were any
-            if data.get(name) == 0:
-                del data[name]
-        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-# Parts of a cell's identity. A new property of the cache belongs to _CACHE; to _PAIR, where it has a row of
-# its own in a table.
-_NAMES = frozenset({"model", "corpus"})
-_MEASURE = frozenset({"metric", "options"})
-_WINDOW = frozenset({"recent", "first"})
-_PAIR = _WINDOW | {"k", "v"}
-_CACHE = _PAIR | {"anchor", "anchor_sha256"}
-
-
-class Effective(_Frozen):
+class Effective(Frozen):
     """What llama.cpp said at start-up that it runs; None: it did not say.
 
     `k`, `v` are ggml type names, joined by "+" if several caches differ. Sizes in MiB for the
@@ -172,7 +73,7 @@ class Effective(_Frozen):
     config_files: tuple[str, ...] = ()
 
 
-class Kld(_Frozen):
+class Kld(Frozen):
     """KL divergence from the f16/f16 run, in nats, and its companions; `_err` standard errors.
 
     An error is None where llama-perplexity prints nan: two runs so alike that its variance of their
@@ -201,7 +102,7 @@ class Kld(_Frozen):
     same_top_pct_err: float | None
 
 
-class Decode(_Frozen):
+class Decode(Frozen):
     """Perplexity through ubatch 1 against the batched one over the same chunks."""
 
     ppl_batched: float
@@ -210,7 +111,7 @@ class Decode(_Frozen):
     batched_key: str
 
 
-class Greedy(_Frozen):
+class Greedy(Frozen):
     """Greedy generation against f16/f16 of the same build.
 
     `first_divergence` is the median index of the first differing token over the prompts that
@@ -226,7 +127,7 @@ class Greedy(_Frozen):
     outputs: tuple[tuple[int, ...], ...]
 
 
-class Needle(_Frozen):
+class Needle(Frozen):
     """Retrieval of a planted number: hits out of the probes that f16/f16 gets right."""
 
     probes: int
@@ -235,7 +136,7 @@ class Needle(_Frozen):
     detail: tuple[tuple[int, float, bool, bool], ...]  # length, depth, f16 hit, hit
 
 
-class Run(_Frozen):
+class Run(Frozen):
     """How the process went. Times in seconds, `started` in UTC (ISO 8601), memory in MiB."""
 
     argv: tuple[str, ...]
@@ -250,7 +151,7 @@ class Run(_Frozen):
     log: str
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """One cell's outcome. Without status "ok" there are no numbers.
 
     `figures` are those of metrics that have no field of their own, by name.

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
 
 Pair = tuple[str, str]

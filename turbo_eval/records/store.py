@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turbo_eval.errors import IncompleteError, UsageError
-from turbo_eval.records.record import Cell, Record, read_record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record, read_record
 from turbo_eval.util.files import writing
 
 HISTORY = "history"  # records that a newer one replaced, and failures that replaced nothing

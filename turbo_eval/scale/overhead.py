@@ -26,8 +26,9 @@ from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import machine
 from turbo_eval.metrics.base import Job
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.records.record import Cell, Record, Run
+from turbo_eval.records.record import Record, Run
 from turbo_eval.scale.client.cluster import Cluster
 from turbo_eval.scale.client.executor import run_on_cluster
 from turbo_eval.scale.client.pool import scheduler, started

@@ -6,8 +6,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.record import Record
 
 TOPIC = "turbo-eval"  # of events: which cell began where, and how far it is
 MACHINE = "machine:"  # before a machine class's id: the name of the resource that stands for it

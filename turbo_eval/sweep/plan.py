@@ -18,7 +18,8 @@ from turbo_eval.llama.tool import capabilities, check_types
 from turbo_eval.metrics import METRICS, wanted_metrics
 from turbo_eval.metrics import metric as metric_of
 from turbo_eval.metrics.base import Extent, Job, Metric
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT
 from turbo_eval.sweep.spec import SweepSpec
 from turbo_eval.util.process import relevant_environment

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from turbo_eval.metrics import references
 from turbo_eval.metrics.base import Job
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
-from turbo_eval.records.record import Cell, Record, Run
+from turbo_eval.records.record import Record, Run
 from turbo_eval.records.store import Store
 from turbo_eval.scale.client.placement import Group
 from turbo_eval.util.process import relevant_environment

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from turbo_eval.metrics import references
-from turbo_eval.records.record import Cell
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.reference import comparison
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from turbo_eval.metrics.base import Job
-from turbo_eval.records.record import Cell, Record
+from turbo_eval.records.cell import Cell
+from turbo_eval.records.record import Record
 from turbo_eval.scale.wire import Measure, Need, Source
 from turbo_eval.sweep.spec import SweepSpec
 
