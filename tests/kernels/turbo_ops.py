@@ -1,4 +1,4 @@
-"""Run llama.cpp's test-backend-ops on the cases of the turbo types: `python -m tests.kernels.turbo_ops`.
+"""Run test-backend-ops on the cases of the turbo types and of the window: `python -m tests.kernels.turbo_ops`.
 
 Exit 1 when one fails, or when there are patches and yet not a single case ran.
 """
@@ -13,7 +13,7 @@ from turbo_eval.llama.build import find_build
 from turbo_eval.llama.patches import read_series
 
 
-def run(backend: str = "CPU", params: str = "turbo[34]") -> tuple[int, int, str]:
+def run(backend: str = "CPU", params: str = "turbo[34]|win=") -> tuple[int, int, str]:
     """(passed, total, output) of the cases whose parameters match the regex `params`."""
     tool = find_build("cpu").tool("test-backend-ops")
     done = subprocess.run(
@@ -35,7 +35,7 @@ def main() -> int:
     wrong = passed < total or (total == 0 and bool(read_series()))
     if wrong:
         print("\n".join(line for line in output.splitlines() if "OK" not in line))
-    print(f"test-backend-ops, turbo types on the CPU: {passed}/{total} passed")
+    print(f"test-backend-ops, turbo types and window on the CPU: {passed}/{total} passed")
     return int(wrong)
 
 
