@@ -1,11 +1,12 @@
 // Runs ggml's KV-cache operations on the emulated Metal device and judges them.
 //
 //   metal-pairs [--quick] [--shard I/N] [--only K/V] [--head N] [--keys N] [--ops LIST] [--max-fail N] [-v]
-//   LIST: some of fa,set_rows,cpy,get_rows,rotation
+//   LIST: some of fa,window,set_rows,cpy,get_rows,rotation
 //
 // Flash attention: every pair of cache types that has a turbo type or K != V, {1, 3, 24, 32} queries (vec, vec, matrix,
-// dequantize-to-f16), {113, 512, 4097} keys, head sizes {64, 128, 256}, and {80, 96, 112, 192} with 113 keys where the
-// block sizes divide them. The reference is attention in double over the
+// dequantize-to-f16), {113, 512, 4097} keys, head sizes {64, 128, 256}, and {40, 48, 72, 80, 96, 112, 192} with 113 keys where the
+// block sizes divide them. With a second segment of keys and values (window): every pair, the segment in f16 and q8_0,
+// of lengths that are no multiple of a kernel's block. The reference is attention in double over the
 // values that ggml's own to_float gives. Each case runs once per (lane order, GPU family): the results must agree
 // bit for bit. SET_ROWS and CPY to a quantized type are judged by the squared error against quantize_row_*_ref's,
 // CPY from it and GET_ROWS must equal to_float exactly.
@@ -114,59 +115,130 @@ struct runner {
 struct fa_case {
     ggml_type tk, tv;
     int hs, kv, nq;
+    // a second segment of keys and values: none if n_win == 0
+    ggml_type tw = GGML_TYPE_F16;
+    int n_win = 0;
 };
+
+// keys and values of one type each: memory [head size, KV heads, keys, streams] as in the KV cache, which keeps the
+// heads of one token together, and a mask [keys, queries, streams]
+struct segment {
+    ggml_type tk, tv;
+    int n, rows; // keys, and rows of the tensors: those from n on are NaN and must not be read
+    std::vector<uint8_t> k, v;
+    std::vector<float> kd, vd; // what they decode to
+    std::vector<ggml_fp16_t> mask;
+
+    segment(rng_t & rng, ggml_type tk, ggml_type tv, int n, int rows, const fa_case & c, int n_kvh, int ns, float k_size) : tk(tk), tv(tv), n(n), rows(rows) {
+        std::vector<float> x((size_t) c.hs*n_kvh*rows*ns);
+        for (auto & f : x) { f = k_size*rng.gauss(); }
+        k  = encode(tk, x, c.hs);
+        kd = decode(tk, k.data(), x.size());
+        for (auto & f : x) { f = rng.gauss(); }
+        v  = encode(tv, x, c.hs);
+        vd = decode(tv, v.data(), x.size());
+        mask.assign((size_t) n*c.nq*ns, ggml_fp32_to_fp16(0.0f));
+        for (auto * t : { &k, &v }) {
+            const size_t row = t->size()/rows/ns;
+            for (int is = 0; is < ns; ++is) { std::fill(t->begin() + (is*rows + n)*row, t->begin() + (is*rows + rows)*row, 0xff); }
+        }
+    }
+
+    void hide(size_t i) { mask[i] = ggml_fp32_to_fp16(-INFINITY); }
+    bool hidden(size_t i) const { return ggml_fp16_to_fp32(mask[i]) != 0.0f; }
+
+    // seen as [head size, keys, KV heads, streams]
+    ggml_tensor * view(ggml_context * ctx, ggml_type t, int hs, int n_kvh, int ns) const {
+        ggml_tensor * all = ggml_new_tensor_4d(ctx, t, hs, n_kvh, rows, ns);
+        return ggml_view_4d(ctx, all, hs, n, n_kvh, ns, all->nb[2], all->nb[1], all->nb[3], 0);
+    }
+};
+
+// the keys of a case with a second segment that are masked: every query sees some of both segments, except that one
+// query in four sees none of the first, another one none of the second, and query 4 nothing at all
+static void hide_window_case(rng_t & rng, const fa_case & c, int ns, segment & cache, segment & win) {
+    for (int r = 0; r < ns*c.nq; ++r) {
+        const int i = r % c.nq;
+        for (int j = 0; j < c.kv; ++j) {
+            if (i % 4 == 1 || i == 4 || j > c.kv - c.nq + i || rng.uniform() < 0.2f) { cache.hide((size_t) r*c.kv + j); }
+        }
+        for (int j = 0; j < c.n_win; ++j) {
+            // of the matrix kernel's blocks of 8 queries x 64 keys one is hidden whole and one is seen whole
+            const bool whole = c.n_win > 64 && j < 64 && i >= 8 && i < 24;
+            if (i % 4 == 2 || i == 4 || (whole ? i < 16 : rng.uniform() < 0.5f)) { win.hide((size_t) r*c.n_win + j); }
+        }
+    }
+    if (c.n_win > 64) {
+        for (int is = 0; is < ns; ++is) {
+            for (int i = 16; i < std::min(24, c.nq); ++i) {
+                for (int j = 0; j < 64; ++j) { win.mask[((size_t) is*c.nq + i)*c.n_win + j] = ggml_fp32_to_fp16(0.0f); }
+            }
+        }
+    }
+}
 
 static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<setting> & settings) {
     // 5 heads to a KV head: more than the 4 that the decode path takes together
     const int n_kvh = 2, gqa = c.nq == 1 ? 5 : 2, nh = n_kvh*gqa;
-    rng_t rng(c.hs*131 + c.kv*17 + c.nq + c.tk*1009 + c.tv*9176);
+    // with a second segment: two streams where there are several queries, and mostly attention sinks
+    const int ns = c.n_win > 0 && c.nq > 1 ? 2 : 1;
+    const bool has_sinks = ns > 1 && c.nq != 24;
+    rng_t rng(c.hs*131 + c.kv*17 + c.nq + c.tk*1009 + c.tv*9176 + c.tw*31 + c.n_win*71);
 
-    std::vector<float> q((size_t) c.hs*c.nq*nh), k((size_t) c.hs*c.kv*n_kvh), v(k.size());
-    for (auto & x : q) { x = rng.gauss(); }
-    for (auto & x : k) { x = rng.gauss(); }
-    for (auto & x : v) { x = rng.gauss(); }
-    // causal mask over the last keys and a hole in the middle
-    std::vector<ggml_fp16_t> mask((size_t) c.kv*c.nq);
-    for (int i = 0; i < c.nq; ++i) {
-        for (int j = 0; j < c.kv; ++j) {
-            const bool masked = j > c.kv - c.nq + i || (j >= c.kv/3 && j < c.kv/3 + 70 && c.kv > 200);
-            mask[(size_t) i*c.kv + j] = ggml_fp32_to_fp16(masked ? -INFINITY : 0.0f);
+    std::vector<float> q((size_t) c.hs*c.nq*nh*ns), sinks(nh);
+    for (auto & x : q)     { x = rng.gauss(); }
+    for (auto & x : sinks) { x = rng.gauss(); }
+    std::vector<segment> segments;
+    segments.emplace_back(rng, c.tk, c.tv, c.kv, c.kv, c, n_kvh, ns, 1.0f);
+    if (c.n_win > 0) {
+        // larger logits than the first segment's: each part has another maximum
+        segments.emplace_back(rng, c.tw, c.tw, c.n_win, c.n_win + 5, c, n_kvh, ns, 3.0f);
+        hide_window_case(rng, c, ns, segments[0], segments[1]);
+    } else {
+        // causal over the last keys and a hole in the middle
+        for (int i = 0; i < c.nq; ++i) {
+            for (int j = 0; j < c.kv; ++j) {
+                if (j > c.kv - c.nq + i || (j >= c.kv/3 && j < c.kv/3 + 70 && c.kv > 200)) { segments[0].hide((size_t) i*c.kv + j); }
+            }
         }
     }
-    // the KV cache keeps the heads of one token together: memory [hs, n_kvh, kv], seen as [hs, kv, n_kvh]
-    const std::vector<uint8_t> kq = encode(c.tk, k, c.hs), vq = encode(c.tv, v, c.hs);
-    const std::vector<float> kd = decode(c.tk, kq.data(), k.size()), vd = decode(c.tv, vq.data(), v.size());
     const float scale = 1.0f/sqrtf(c.hs);
 
-    std::vector<double> ref((size_t) c.hs*nh*c.nq);
-    std::vector<double> p(c.kv);
-    for (int i = 0; i < c.nq; ++i) {
-        for (int h = 0; h < nh; ++h) {
-            const float * qi = &q[((size_t) h*c.nq + i)*c.hs];
-            double m = -INFINITY, s = 0;
-            for (int j = 0; j < c.kv; ++j) {
+    std::vector<double> ref((size_t) c.hs*nh*c.nq*ns);
+    std::vector<double> p;
+    for (int r = 0; r < ns*c.nq*nh; ++r) {
+        const int h = r % nh, i = r/nh % c.nq, is = r/nh/c.nq;
+        const float * qi = &q[(((size_t) is*nh + h)*c.nq + i)*c.hs];
+        double m = has_sinks ? sinks[h] : -INFINITY;
+        p.clear();
+        for (const segment & g : segments) {
+            for (int j = 0; j < g.n; ++j) {
                 double d = -INFINITY;
-                if (ggml_fp16_to_fp32(mask[(size_t) i*c.kv + j]) == 0.0f) {
-                    const float * kj = &kd[((size_t) j*n_kvh + h/gqa)*c.hs];
+                if (!g.hidden(((size_t) is*c.nq + i)*g.n + j)) {
+                    const float * kj = &g.kd[(((size_t) is*g.rows + j)*n_kvh + h/gqa)*c.hs];
                     float acc[8] = { 0 };
                     for (int l = 0; l < c.hs; l += 8) { for (int u = 0; u < 8; ++u) { acc[u] += qi[l + u]*kj[l + u]; } }
                     d = 0;
                     for (float a : acc) { d += a; }
                     d *= scale;
                 }
-                p[j] = d;
+                p.push_back(d);
                 m = std::max(m, d);
             }
-            double * o = &ref[((size_t) i*nh + h)*c.hs];
-            for (int j = 0; j < c.kv; ++j) {
-                if (p[j] == -INFINITY) { continue; }
-                const double w = exp(p[j] - m);
+        }
+        double * o = &ref[(size_t) r*c.hs];
+        double s = has_sinks ? exp(sinks[h] - m) : 0;
+        size_t at = 0;
+        for (const segment & g : segments) {
+            for (int j = 0; j < g.n; ++j, ++at) {
+                if (p[at] == -INFINITY) { continue; }
+                const double w = exp(p[at] - m);
                 s += w;
-                const float * vj = &vd[((size_t) j*n_kvh + h/gqa)*c.hs];
+                const float * vj = &g.vd[(((size_t) is*g.rows + j)*n_kvh + h/gqa)*c.hs];
                 for (int l = 0; l < c.hs; ++l) { o[l] += w*vj[l]; }
             }
-            for (int l = 0; l < c.hs; ++l) { o[l] /= s; }
         }
+        for (int l = 0; l < c.hs; ++l) { o[l] = s > 0 ? o[l]/s : 0; }
     }
 
     std::vector<float> first;
@@ -175,19 +247,29 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     for (const setting & st : settings) {
         execution run(st);
         runner r;
-        ggml_tensor * tq = ggml_new_tensor_3d(r.ctx, GGML_TYPE_F32, c.hs, c.nq, nh);
-        ggml_tensor * tk = ggml_new_tensor_3d(r.ctx, c.tk, c.hs, n_kvh, c.kv);
-        ggml_tensor * tv = ggml_new_tensor_3d(r.ctx, c.tv, c.hs, n_kvh, c.kv);
-        ggml_tensor * tm = ggml_new_tensor_2d(r.ctx, GGML_TYPE_F16, c.kv, c.nq);
-        ggml_tensor * out = ggml_flash_attn_ext(r.ctx, tq, ggml_permute(r.ctx, tk, 0, 2, 1, 3), ggml_permute(r.ctx, tv, 0, 2, 1, 3), tm, scale, 0.0f, 0.0f);
+        ggml_tensor * tq = ggml_new_tensor_4d(r.ctx, GGML_TYPE_F32, c.hs, c.nq, nh, ns);
+        std::vector<ggml_tensor *> tk, tv, tm;
+        for (const segment & g : segments) {
+            tk.push_back(g.view(r.ctx, g.tk, c.hs, n_kvh, ns));
+            tv.push_back(g.view(r.ctx, g.tv, c.hs, n_kvh, ns));
+            tm.push_back(ggml_new_tensor_4d(r.ctx, GGML_TYPE_F16, g.n, c.nq, 1, ns));
+        }
+        ggml_tensor * ts = has_sinks ? ggml_new_tensor_1d(r.ctx, GGML_TYPE_F32, nh) : nullptr;
+        ggml_tensor * out = ggml_flash_attn_ext(r.ctx, tq, tk[0], tv[0], tm[0], scale, 0.0f, 0.0f);
+        ggml_flash_attn_ext_add_sinks(out, ts);
+        if (c.n_win > 0) { ggml_flash_attn_ext_add_window(out, tk[1], tv[1], tm[1]); }
         if (!ggml_backend_supports_op(dev, out)) {
-            return { false, "refused by supports_op" };
+            // the kernels for any pair take 16 values of a row at a time
+            return { c.hs % 16 != 0, "refused by supports_op" };
         }
         r.alloc(dev);
-        ggml_backend_tensor_set(tq, q.data(),    0, ggml_nbytes(tq));
-        ggml_backend_tensor_set(tk, kq.data(),   0, ggml_nbytes(tk));
-        ggml_backend_tensor_set(tv, vq.data(),   0, ggml_nbytes(tv));
-        ggml_backend_tensor_set(tm, mask.data(), 0, ggml_nbytes(tm));
+        ggml_backend_tensor_set(tq, q.data(), 0, ggml_nbytes(tq));
+        if (ts) { ggml_backend_tensor_set(ts, sinks.data(), 0, ggml_nbytes(ts)); }
+        for (size_t i = 0; i < segments.size(); ++i) {
+            ggml_backend_tensor_set(tk[i]->view_src, segments[i].k.data(),    0, ggml_nbytes(tk[i]->view_src));
+            ggml_backend_tensor_set(tv[i]->view_src, segments[i].v.data(),    0, ggml_nbytes(tv[i]->view_src));
+            ggml_backend_tensor_set(tm[i],           segments[i].mask.data(), 0, ggml_nbytes(tm[i]));
+        }
         emu_take_kernels();
         if (!r.compute(dev, out)) {
             return { false, "graph failed" };
@@ -218,7 +300,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
 
     // which path must have run
     const bool vec = c.nq < 20 && c.hs % 32 == 0;
-    const bool f16 = c.nq >= 32;
+    const bool f16 = c.nq >= 32 && (ggml_is_quantized(c.tk) || ggml_is_quantized(c.tv));
     const bool has_vec = kernels.find("flash_attn_ext_vec_") != std::string::npos;
     const bool has_cvt = kernels.find("flash_attn_ext_kv_") != std::string::npos && kernels.find("_f16 ") != std::string::npos;
     if (vec != has_vec) {
@@ -227,7 +309,9 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     if (f16 && !has_cvt && c.tk != GGML_TYPE_BF16 && c.tv != GGML_TYPE_BF16) {
         return { false, "no dequantization to f16: " + kernels };
     }
-    return { true, fmt("NMSE %.1e %s", nmse, kernels.c_str()) };
+    uint64_t hash = 1469598103934665603ull; // FNV-1a: with -v two builds can be compared bit for bit
+    for (size_t i = 0; i < first.size()*sizeof(float); ++i) { hash = (hash ^ ((const uint8_t *) first.data())[i])*1099511628211ull; }
+    return { true, fmt("NMSE %.1e bits %016llx %s", nmse, (unsigned long long) hash, kernels.c_str()) };
 }
 
 // squared error of type t's blocks against x, by group of 32 values
@@ -395,7 +479,7 @@ static result run_rotation(ggml_backend_t dev, int n, int64_t rows_, const std::
 int main(int argc, char ** argv) {
     bool quick = false, verbose = false;
     int shard = 0, n_shards = 1, max_fail = 20, only_head = 0, only_keys = 0;
-    std::string only, ops = "fa,set_rows,cpy,get_rows,rotation";
+    std::string only, ops = "fa,window,set_rows,cpy,get_rows,rotation";
     for (int i = 1; i < argc; ++i) {
         const std::string a = argv[i];
         const char * val = i + 1 < argc ? argv[i + 1] : "";
@@ -407,7 +491,7 @@ int main(int argc, char ** argv) {
         else if (a == "--keys" && *val)     { only_keys = atoi(val); ++i; }
         else if (a == "--ops" && *val)      { ops = val; ++i; }
         else if (a == "--max-fail" && *val) { max_fail = atoi(val); ++i; }
-        else { fprintf(stderr, "usage: metal-pairs [--quick] [--shard I/N] [--only K/V] [--head N] [--keys N] [--ops fa,set_rows,cpy,get_rows,rotation] [--max-fail N] [-v]\n"); return 2; }
+        else { fprintf(stderr, "usage: metal-pairs [--quick] [--shard I/N] [--only K/V] [--head N] [--keys N] [--ops fa,window,set_rows,cpy,get_rows,rotation] [--max-fail N] [-v]\n"); return 2; }
     }
     const char * path = getenv("GGML_BACKEND_PATH");
     if (!path) {
@@ -475,7 +559,7 @@ int main(int argc, char ** argv) {
             auto in_quick = [](ggml_type t) { return is_turbo(t) || t == GGML_TYPE_F16 || t == GGML_TYPE_Q8_0; };
             if (quick && !(in_quick(tk) && in_quick(tv))) { continue; }
             ++pairs;
-            for (int hs : { 64, 80, 96, 112, 128, 192, 256 }) {
+            for (int hs : { 40, 48, 64, 72, 80, 96, 112, 128, 192, 256 }) {
                 if (hs % ggml_blck_size(tk) != 0 || hs % ggml_blck_size(tv) != 0) { continue; }
                 const bool main_size = hs == 64 || hs == 128 || hs == 256;
                 for (int kv : { 113, 512, 1100, 4097 }) {
@@ -498,13 +582,50 @@ int main(int argc, char ** argv) {
         }
     }
 
+    std::set<std::string> window_pairs;
+
+    // with a second segment of keys and values: also K = V of the types that have a kernel of their own without it
+    for (ggml_type tk : k_types) {
+        for (ggml_type tv : k_types) {
+            const std::string pair = std::string(ggml_type_name(tk)) + "/" + ggml_type_name(tv);
+            if (!has("window") || (!only.empty() && only != pair)) { continue; }
+            auto in_quick = [](ggml_type t) { return is_turbo(t) || t == GGML_TYPE_F16 || t == GGML_TYPE_Q8_0; };
+            const bool few = !(in_quick(tk) && in_quick(tv)); // fewer cases for the others
+            if (quick && few) { continue; }
+            for (ggml_type tw : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+                for (int hs : { 40, 64, 80, 128, 256 }) {
+                    for (int kv : { 113, 1100 }) {
+                        for (int n_win : { 1, 77, 132, 200 }) {
+                            for (int nq : { 1, 3, 24, 32 }) {
+                                if (only_head && hs != only_head) { continue; }
+                                if (only_keys && kv != only_keys) { continue; }
+                                if (hs % ggml_blck_size(tk) != 0 || hs % ggml_blck_size(tv) != 0 || hs % ggml_blck_size(tw) != 0) { continue; }
+                                // all lengths with one head size; the others with one length; 1100: the decode path for several heads
+                                if (n_win != 77 && (quick || few || hs != 64 || kv != 113)) {
+                                    if (!(n_win == 132 && hs == 64 && kv == 1100 && nq == 1 && !few)) { continue; }
+                                } else if (kv == 1100 && (nq != 1 || few || quick)) { continue; }
+                                if ((hs == 40 || hs == 256) && (quick || few)) { continue; }
+                                // quick: each window type with every second number of queries
+                                if (quick && kv == 113 && (nq % 2 == 1 ? nq == 1 : nq == 24) != (tw == GGML_TYPE_F16) && hs != 64) { continue; }
+                                if (!mine("WINDOW")) { continue; }
+                                window_pairs.insert(pair);
+                                const fa_case c = { tk, tv, hs, kv, nq, tw, n_win };
+                                record("FLASH_ATTN_EXT_WINDOW", fmt("%s window=%s:%d head=%d keys=%d queries=%d", pair.c_str(), ggml_type_name(tw), n_win, hs, kv, nq), run_fa(dev, c, settings));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     for (const auto & c : counts) {
-        printf("%-15s %5d passed %5d failed\n", c.first.c_str(), c.second.first, c.second.second);
+        printf("%-21s %5d passed %5d failed\n", c.first.c_str(), c.second.first, c.second.second);
     }
     for (const auto & o : g_orders) {
         printf("lane order %s: %d executions, %d right\n", o.first.c_str(), o.second.runs, o.second.ok);
     }
-    printf("%d K/V pairs, lane orders forward, reverse, random, GPU families Apple7..10, shard %d/%d, %.0f s\n", pairs, shard, n_shards,
+    printf("%d K/V pairs, %zu with a window, lane orders forward, reverse, random, GPU families Apple7..10, shard %d/%d, %.0f s\n", pairs, window_pairs.size(), shard, n_shards,
             std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count());
     if (counts.empty()) {
         fprintf(stderr, "metal-pairs: nothing was selected\n");
