@@ -118,6 +118,8 @@ struct fa_case {
     // a second segment of keys and values: none if n_win == 0
     ggml_type tw = GGML_TYPE_F16;
     int n_win = 0;
+    // with the hint that leads to gathered keys
+    bool sparse = false;
 };
 
 // keys and values of one type each: memory [head size, KV heads, keys, streams] as in the KV cache, which keeps the
@@ -148,8 +150,9 @@ struct segment {
     bool hidden(size_t i) const { return ggml_fp16_to_fp32(mask[i]) != 0.0f; }
 
     // seen as [head size, keys, KV heads, streams]
-    ggml_tensor * view(ggml_context * ctx, ggml_type t, int hs, int n_kvh, int ns) const {
-        ggml_tensor * all = ggml_new_tensor_4d(ctx, t, hs, n_kvh, rows, ns);
+    ggml_tensor * view(runner & own, ggml_context * ctx, ggml_type t, int hs, int n_kvh, int ns, ggml_backend_t dev) const {
+        ggml_tensor * all = ggml_new_tensor_4d(own.ctx, t, hs, n_kvh, rows, ns);
+        own.alloc(dev);
         return ggml_view_4d(ctx, all, hs, n, n_kvh, ns, all->nb[2], all->nb[1], all->nb[3], 0);
     }
 };
@@ -192,7 +195,8 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     segments.emplace_back(rng, c.tk, c.tv, c.kv, c.kv, c, n_kvh, ns, 1.0f);
     if (c.n_win > 0) {
         // larger logits than the first segment's: each part has another maximum
-        segments.emplace_back(rng, c.tw, c.tw, c.n_win, c.n_win + 5, c, n_kvh, ns, 3.0f);
+        // with 24 queries it ends with its tensors, whose end is that of their buffer: nothing may be read beyond it
+        segments.emplace_back(rng, c.tw, c.tw, c.n_win, c.n_win + (c.nq == 24 ? 0 : 5), c, n_kvh, ns, 3.0f);
         hide_window_case(rng, c, ns, segments[0], segments[1]);
     } else {
         // causal over the last keys and a hole in the middle
@@ -246,17 +250,19 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     std::string kernels;
     for (const setting & st : settings) {
         execution run(st);
+        std::vector<runner> kv(2*segments.size()); // a buffer of its own for each K and V
         runner r;
         ggml_tensor * tq = ggml_new_tensor_4d(r.ctx, GGML_TYPE_F32, c.hs, c.nq, nh, ns);
         std::vector<ggml_tensor *> tk, tv, tm;
         for (const segment & g : segments) {
-            tk.push_back(g.view(r.ctx, g.tk, c.hs, n_kvh, ns));
-            tv.push_back(g.view(r.ctx, g.tv, c.hs, n_kvh, ns));
+            tk.push_back(g.view(kv[2*tk.size()],     r.ctx, g.tk, c.hs, n_kvh, ns, dev));
+            tv.push_back(g.view(kv[2*tv.size() + 1], r.ctx, g.tv, c.hs, n_kvh, ns, dev));
             tm.push_back(ggml_new_tensor_4d(r.ctx, GGML_TYPE_F16, g.n, c.nq, 1, ns));
         }
         ggml_tensor * ts = has_sinks ? ggml_new_tensor_1d(r.ctx, GGML_TYPE_F32, nh) : nullptr;
         ggml_tensor * out = ggml_flash_attn_ext(r.ctx, tq, tk[0], tv[0], tm[0], scale, 0.0f, 0.0f);
         ggml_flash_attn_ext_add_sinks(out, ts);
+        if (c.sparse) { ggml_flash_attn_ext_set_n_kv_max(out, c.kv); }
         if (c.n_win > 0) { ggml_flash_attn_ext_add_window(out, tk[1], tv[1], tm[1]); }
         if (!ggml_backend_supports_op(dev, out)) {
             // the kernels for any pair take 16 values of a row at a time
@@ -299,11 +305,14 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     }
 
     // which path must have run
-    const bool vec = c.nq < 20 && c.hs % 32 == 0;
-    const bool f16 = c.nq >= 32 && (ggml_is_quantized(c.tk) || ggml_is_quantized(c.tv));
+    const bool vec = (c.nq < 20 || c.sparse) && c.hs % 32 == 0;
+    const bool f16 = c.nq >= 32 && !c.sparse && (ggml_is_quantized(c.tk) || ggml_is_quantized(c.tv));
     const bool has_vec = kernels.find("flash_attn_ext_vec_") != std::string::npos;
     const bool has_cvt = kernels.find("flash_attn_ext_kv_") != std::string::npos && kernels.find("_f16 ") != std::string::npos;
     if (vec != has_vec) {
+        return { false, "wrong path: " + kernels };
+    }
+    if (c.sparse != (kernels.find("_vec_idx") != std::string::npos)) {
         return { false, "wrong path: " + kernels };
     }
     if (f16 && !has_cvt && c.tk != GGML_TYPE_BF16 && c.tv != GGML_TYPE_BF16) {
@@ -610,7 +619,14 @@ int main(int argc, char ** argv) {
                                 if (!mine("WINDOW")) { continue; }
                                 window_pairs.insert(pair);
                                 const fa_case c = { tk, tv, hs, kv, nq, tw, n_win };
-                                record("FLASH_ATTN_EXT_WINDOW", fmt("%s window=%s:%d head=%d keys=%d queries=%d", pair.c_str(), ggml_type_name(tw), n_win, hs, kv, nq), run_fa(dev, c, settings));
+                                const std::string name = fmt("%s window=%s:%d head=%d keys=%d queries=%d", pair.c_str(), ggml_type_name(tw), n_win, hs, kv, nq);
+                                record("FLASH_ATTN_EXT_WINDOW", name, run_fa(dev, c, settings));
+                                // gathered keys beside a window
+                                if (hs == 128 && is_turbo(tk) && is_turbo(tv)) {
+                                    fa_case s = c;
+                                    s.sparse = true;
+                                    record("FLASH_ATTN_EXT_WINDOW", name + " sparse", run_fa(dev, s, settings));
+                                }
                             }
                         }
                     }

@@ -120,11 +120,17 @@ class Run:
             ("GET_ROWS", ""),
             ("FLASH_ATTN_EXT", f"hsk=64,.*kv=113,.*{turbo}"),
         ]
-        if not self.quick:
+        # with a second segment of keys and values
+        window = "win=\\d+,type_win="
+        if self.quick:
+            runs.append(("FLASH_ATTN_EXT", f"{window}.*type_K=turbo3,type_V=turbo3,hsk=64,"))
+        else:
             runs += [
                 ("SOFT_MAX", ""),
                 ("RMS_NORM", ""),
                 ("FLASH_ATTN_EXT", f"hsk=(128|192|256),.*kv=113,.*{turbo}"),
+                ("FLASH_ATTN_EXT", f"{window}.*type_V=(turbo|q8_0|f16)"),
+                ("FLASH_ATTN_EXT", f"{window}.*type_V=(q4|q5|iq4)"),
             ]
 
         def one(run: tuple[str, str]) -> int:

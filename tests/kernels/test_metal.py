@@ -154,14 +154,25 @@ def test_pairs_in_every_lane_order_and_gpu_family(emulator: Path, build: Build) 
     passed = {op: int(n) for op, n in re.findall(r"^ok   pairs (\S+): (\d+) passed, 0 failed", out, re.M)}
     # 14 pairs of f16, q8_0, turbo3 and turbo4
     assert passed["FLASH_ATTN_EXT"] >= 14 * 18
+    # all 16 pairs of them with a window, in f16 and in q8_0
+    assert passed["FLASH_ATTN_EXT_WINDOW"] >= 16 * 12
     assert passed["SET_ROWS"] >= 16
     assert passed["rotation"] == 6
 
 
 @pytest.mark.metal
+def test_llama_cpps_own_cases_pass(emulator: Path, build: Build) -> None:
+    """SET_ROWS, CPY, GET_ROWS, flash attention with turbo types, alone and beside a window, against the CPU."""
+    out = _run_tests("ops", build)
+    window = re.search(r"^ok   test-backend-ops FLASH_ATTN_EXT: (\d+)/\1 tests passed win=", out, re.M)
+    assert window is not None, out
+    assert int(window[1]) >= 14
+
+
+@pytest.mark.metal
 def test_planted_faults_are_caught(emulator: Path, build: Build) -> None:
     out = _run_tests("controls", build)
-    assert len(re.findall(r"^ok   control: .*: caught: ", out, re.M)) >= 6
+    assert len(re.findall(r"^ok   control: .*: caught: ", out, re.M)) >= 9
 
 
 @pytest.mark.metal
