@@ -118,6 +118,7 @@ class Run:
             ("SET_ROWS", ""),
             ("CPY", ""),
             ("GET_ROWS", ""),
+            ("CONCAT", ""),  # puts a prompt's window together
             ("FLASH_ATTN_EXT", f"hsk=64,.*kv=113,.*{turbo}"),
         ]
         # with a second segment of keys and values
