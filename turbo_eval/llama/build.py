@@ -30,6 +30,7 @@ TOOLS = {
     "tools/completion": "llama-completion",
     "tools/quantize": "llama-quantize",
     "tools/kv-calibrate": "llama-kv-calibrate",
+    "tools/kv-eval": "llama-kv-eval",
     "tools/kv-probe": "llama-kv-probe",
 }
 # llama.cpp's own tests, for whoever changes the patches: in a project nobody asks for them.
