@@ -10,8 +10,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from turbo_eval import paths
-from turbo_eval.build import Build
+from turbo_eval.util import paths
+from turbo_eval.llama.build import Build
 
 COMPARE = Path(__file__).with_name("fattn_compare.cpp")
 TYPES = ("f16", "q8_0", "q4_1", "turbo3", "turbo4")
