@@ -20,7 +20,7 @@ from turbo_eval.sweep.plan import Plan, make_plan, ordered_pairs
 from turbo_eval.sweep.spec import SweepSpec, sweep_spec
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
-BITS |= {"iq4_nl": 4.5, "turbo4": 4.25, "turbo3": 3.25}
+BITS |= {"iq4_nl": 4.5, "turbo4": 4.25, "turbo3": 3.25, "turbo2": 2.25}
 
 
 def spec(**data: Any) -> SweepSpec:

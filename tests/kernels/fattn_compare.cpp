@@ -385,7 +385,7 @@ int main(int argc, char ** argv) {
 
     std::vector<std::string> names(argv + 1, argv + argc);
     if (names.empty()) {
-        names = { "f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "turbo3", "turbo4" };
+        names = { "f16", "bf16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "turbo2", "turbo3", "turbo4" };
     }
     std::vector<ggml_type> types;
     for (const std::string & name : names) {

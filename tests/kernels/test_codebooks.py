@@ -22,8 +22,8 @@ from turbo_eval.formats.codebooks import (
 from turbo_eval.llama.build import Build
 from turbo_eval.util import paths
 
-BOUNDS = {"turbo3": 0.0265, "turbo4": 0.0061}
-BLOCK_BYTES = {"turbo3": 26, "turbo4": 34}
+BOUNDS = {"turbo2": 0.106, "turbo3": 0.0265, "turbo4": 0.0061}
+BLOCK_BYTES = {"turbo2": 18, "turbo3": 26, "turbo4": 34}
 
 
 @pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)
@@ -99,7 +99,10 @@ def unpack(name: str, block: NDArray[np.uint8]) -> NDArray[np.float64]:
     out = np.zeros(64)
     for value in range(64):
         group, i = divmod(value, 32)
-        if name == "turbo3":
+        if name == "turbo2":
+            code = int(block[2 + 8 * group + i % 8]) >> (2 * (i // 8)) & 3
+            index, negative = code & 1, code >> 1
+        elif name == "turbo3":
             b, k = i % 8, i // 8
             index = int(block[2 + 8 * group + b]) >> (2 * k) & 3
             negative = int(block[18 + 4 * group + b % 4]) >> (4 * (k // 2) + 2 * (b // 4) + k % 2) & 1
@@ -110,7 +113,7 @@ def unpack(name: str, block: NDArray[np.uint8]) -> NDArray[np.float64]:
     return out
 
 
-@pytest.mark.parametrize("name", ["turbo3", "turbo4"])
+@pytest.mark.parametrize("name", BLOCK_BYTES)
 def test_every_byte_means_what_the_document_says(library: Library, name: str) -> None:
     rng = np.random.default_rng(5)
     blocks = rng.integers(0, 256, size=(64, BLOCK_BYTES[name]), dtype=np.uint8)
@@ -121,7 +124,7 @@ def test_every_byte_means_what_the_document_says(library: Library, name: str) ->
         np.testing.assert_array_equal(values, unpack(name, block).astype(np.float32))
 
 
-@pytest.mark.parametrize("name", ["turbo3", "turbo4"])
+@pytest.mark.parametrize("name", BLOCK_BYTES)
 def test_what_the_format_cannot_hold_never_becomes_nan(library: Library, name: str) -> None:
     x = np.zeros(64, np.float32)
     assert not library.dequantize(name, library.quantize(name, x)).any()

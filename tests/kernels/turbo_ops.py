@@ -13,7 +13,7 @@ from turbo_eval.llama.build import find_build
 from turbo_eval.llama.patches import read_series
 
 
-def run(backend: str = "CPU", params: str = "turbo[34]|win=") -> tuple[int, int, str]:
+def run(backend: str = "CPU", params: str = "turbo[234]|win=") -> tuple[int, int, str]:
     """(passed, total, output) of the cases whose parameters match the regex `params`."""
     tool = find_build("cpu").tool("test-backend-ops")
     done = subprocess.run(

@@ -25,7 +25,7 @@ from turbo_eval.util import project
 @pytest.mark.parametrize("name", [t for t in CACHE_TYPES if t != "f32"])
 def test_every_type_is_readable_and_its_error_known(name: str) -> None:
     assert readable(name)
-    assert 0 < (gaussian_mse(name) or 0) < 0.03
+    assert 0 < (gaussian_mse(name) or 0) < 0.11
 
 
 @pytest.mark.parametrize("book", BOOKS.values(), ids=lambda b: b.name)

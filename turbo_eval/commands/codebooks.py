@@ -22,10 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def codebooks(
     derive: Annotated[
-        bool, typer.Option("--derive", help="Derive both from evenly spaced levels again (a minute or two).")
+        bool, typer.Option("--derive", help="Derive all from evenly spaced levels again (a minute or two).")
     ] = False,
 ) -> None:
-    """Codebooks of turbo3 and turbo4, their MSE on unit Gaussians and the limits they stand against.
+    """Codebooks of our types, their MSE on unit Gaussians and the limits they stand against.
 
     [bold]Example[/bold]  turbo-eval codebooks --derive
     """

@@ -22,8 +22,8 @@ class Codebook:
         rms1: rms of a Gaussian group whose best scale is 1 on average.
         bits: bits per value, scale included.
         mse_limit: what docs/cache-types.md promises for unit Gaussians, squared error per unit of variance.
-        gate_kld, gate_kld_v: KL divergence, in nats, that a project's first gate allows the type on K and V,
-            and on V alone beside a q8_0 K; None: no such check.
+        gate_kld, gate_kld_v: KL divergence, in nats, that a project's first gate allows the type on K and V
+            (None: its gate leaves the type out), and on V alone beside a q8_0 K; None: no such check.
         place: (value in the block, bit of its code) → (byte of the block, bit of that byte).
     """
 
@@ -32,7 +32,7 @@ class Codebook:
     rms1: float
     bits: float
     mse_limit: float
-    gate_kld: float
+    gate_kld: float | None
     gate_kld_v: float | None
     place: Place
 
@@ -63,6 +63,12 @@ class CacheType:
         return 8.0 * self.block_bytes / self.block
 
 
+def _turbo2_place(i: int, bit: int) -> tuple[int, int]:
+    """Magnitude and sign lie together, four values to a byte."""
+    group, i = divmod(i, 32)
+    return 2 + 8 * group + i % 8, 2 * (i // 8) + bit
+
+
 def _turbo3_place(i: int, bit: int) -> tuple[int, int]:
     """Two bits of a code lie together, the third, its sign, in a plane of its own."""
     group, i = divmod(i, 32)
@@ -78,6 +84,7 @@ def _turbo4_place(i: int, bit: int) -> tuple[int, int]:
     return 2 + 16 * group + i % 16, 4 * (i // 16) + bit
 
 
+_TURBO2 = Codebook("turbo2", (35, 122), 70.0, 2.25, 0.106, None, None, _turbo2_place)
 _TURBO3 = Codebook("turbo3", (13, 41, 74, 123), 52.82, 3.25, 0.0265, 0.25, 0.05, _turbo3_place)
 _TURBO4 = Codebook(
     "turbo4", (6, 18, 31, 45, 60, 77, 98, 127), 47.46, 4.25, 0.0061, 0.055, None, _turbo4_place
@@ -98,6 +105,7 @@ CACHE_TYPES: dict[str, CacheType] = {
         CacheType("iq4_nl", 32, 18, mse=5.6e-3),
         CacheType("turbo4", 64, 34, mse=5.9e-3, codebook=_TURBO4, common=True),
         CacheType("turbo3", 64, 26, mse=2.55e-2, codebook=_TURBO3, common=True),
+        CacheType("turbo2", 64, 18, mse=0.105, codebook=_TURBO2),
     )
 }
 

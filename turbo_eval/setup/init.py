@@ -37,9 +37,9 @@ def is_llama(folder: Path) -> bool:
 
 
 def knows_turbo(folder: Path) -> bool:
-    """Do these sources of llama.cpp have our types already?"""
+    """Do these sources of llama.cpp have our types already, as far as a first gate asks for them?"""
     text = (folder / "ggml" / "include" / "ggml.h").read_text(errors="replace")
-    return all(f"GGML_TYPE_{name.upper()}" in text for name in BOOKS)
+    return all(f"GGML_TYPE_{book.name.upper()}" in text for book in BOOKS.values() if book.gate_kld)
 
 
 def init(
@@ -74,7 +74,10 @@ def init(
     files: dict[Path, tuple[str, str]] = {
         own / project.FILE: (_filled("project.toml", settings), "what is built"),
         own / "gates.toml": (
-            _filled("gates-turbo.toml" if turbo else "gates-plain.toml", {"books": list(BOOKS.values())}),
+            _filled(
+                "gates-turbo.toml" if turbo else "gates-plain.toml",
+                {"books": [b for b in BOOKS.values() if b.gate_kld]},
+            ),
             "what is measured and what must hold",
         ),
         own / "README.md": (_filled("README.md", {}), "how to use it"),
