@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "probe": (None, "Find the first layer and tensor where a cache goes wrong."),
     "codebooks": (
         None,
-        "Codebooks of turbo3 and turbo4, their MSE on unit Gaussians and the limits they stand against.",
+        "Codebooks of our types, their MSE on unit Gaussians and the limits they stand against.",
     ),
     "results": (None, "List, prune and export what is on record."),
     "anchor": (None, "What the K anchor is about and what it does."),
@@ -61,6 +61,10 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
         "Install llama-cpp-python for the metrics that generate text: greedy and needle.",
     ),
     "calibrate": (_PREPARE, "Measure Q and K of a model on a text, for the K anchor."),
+    "tune": (
+        _PREPARE,
+        "Find the cache types of each layer for a model, prove them, write a profile for llama.cpp.",
+    ),
     "patches": (_PREPARE, "The patch series: what this fork adds to llama.cpp."),
     "models": (_PREPARE, "Models by name (configs/models.toml) or path."),
     "corpora": (_PREPARE, "Texts by name (configs/corpora.toml) or path."),

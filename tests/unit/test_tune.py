@@ -1,0 +1,56 @@
+"""The allocation of bits: exact, within its budget, and monotone."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from turbo_eval.errors import UsageError
+from turbo_eval.tune.allocate import LADDER, Front, Side, bits_per_value, predict
+
+
+def sides(seed: int, layers: int, values: int) -> tuple[list[Side], list[Side]]:
+    rng = np.random.default_rng(seed)
+    k, v = rng.lognormal(0.0, 1.5, (2, layers))
+    return [Side(values, x) for x in k], [Side(values, x / 4) for x in v]
+
+
+@pytest.mark.parametrize("bits", [2.25, 2.8, 3.25, 4.25, 6.0, 8.5])
+def test_nothing_is_better(bits: float) -> None:
+    k_sides, v_sides = sides(1, 2, 128)
+    found = Front(k_sides, v_sides).at(bits)
+    best = min(
+        predict(types[:2], types[2:], k_sides, v_sides)
+        for types in product(LADDER, repeat=4)
+        if bits_per_value(types[:2], types[2:], [128] * 2, [128] * 2) <= bits
+    )
+    assert found.predicted == pytest.approx(best)
+    assert found.predicted == pytest.approx(predict(found.k, found.v, k_sides, v_sides))
+    assert found.bits <= bits
+
+
+def test_layers_of_several_sizes_count_by_their_values() -> None:
+    k_sides, v_sides = [Side(256, 1.0), Side(128, 1.0)], [Side(256, 1.0), Side(128, 1.0)]
+    found = Front(k_sides, v_sides).at(3.0)
+    assert found.bits == pytest.approx(bits_per_value(found.k, found.v, [256, 128], [256, 128]))
+    assert found.bits <= 3.0
+
+
+def test_more_bits_are_never_worse() -> None:
+    front = Front(*sides(2, 8, 128))
+    predicted = [front.at(bits).predicted for bits in np.arange(2.25, 8.6, 0.25)]
+    assert predicted == sorted(predicted, reverse=True)
+    assert front.at(8.5).k == ("q8_0",) * 8
+
+
+def test_a_layer_that_does_not_matter_gets_the_least() -> None:
+    k_sides, v_sides = sides(3, 4, 64)
+    v_sides[2] = Side(64, 0.0)
+    assert Front(k_sides, v_sides).at(3.25).v[2] == "turbo2"
+
+
+def test_fewer_bits_than_there_are() -> None:
+    with pytest.raises(UsageError, match="less than turbo2 has"):
+        Front(*sides(4, 2, 64)).at(2.0)

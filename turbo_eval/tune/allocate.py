@@ -1,0 +1,106 @@
+"""The best types for a number of bits, from how much each layer's K and V matter.
+
+Quantization noise in one layer's K or V adds to the KL divergence in proportion to its energy, so one
+measurement of a layer tells what every type costs there: sensitivity × mean squared error of the type.
+Sums over layers hold as long as the divergence is small; what is found is measured, not believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turbo_eval.errors import UsageError
+from turbo_eval.formats.cache_types import cache_type
+
+LADDER = ("turbo2", "turbo3", "turbo4", "q8_0")
+_UNITS = 4  # a quarter of a bit: the types' bits are multiples of it
+
+
+@dataclass(frozen=True)
+class Side:
+    """K or V of one layer: `values` a token; `sensitivity`: divergence per unit of relative squared error."""
+
+    values: int
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """`k` and `v`: types by layer; `bits` a value; `predicted`: KL divergence in nats."""
+
+    k: tuple[str, ...]
+    v: tuple[str, ...]
+    bits: float
+    predicted: float
+
+
+def noise(name: str) -> float:
+    """Relative mean squared error of a type on Gaussians."""
+    mse = cache_type(name).mse
+    assert mse is not None
+    return mse
+
+
+def bits_per_value(
+    k: Sequence[str], v: Sequence[str], k_values: Sequence[int], v_values: Sequence[int]
+) -> float:
+    """Mean over all values of K and V."""
+    bits = sum(
+        n * cache_type(t).bpv for t, n in [*zip(k, k_values, strict=True), *zip(v, v_values, strict=True)]
+    )
+    return bits / (sum(k_values) + sum(v_values))
+
+
+def predict(k: Sequence[str], v: Sequence[str], k_sides: Sequence[Side], v_sides: Sequence[Side]) -> float:
+    """KL divergence in nats if the sides' contributions add up."""
+    sides = [*zip(k, k_sides, strict=True), *zip(v, v_sides, strict=True)]
+    return sum(side.sensitivity * noise(t) for t, side in sides)
+
+
+class Front:
+    """The types with the least predicted divergence for every number of bits, by dynamic programming."""
+
+    def __init__(self, k_sides: Sequence[Side], v_sides: Sequence[Side]) -> None:
+        self._k, self._v = k_sides, v_sides
+        sides = [*k_sides, *v_sides]
+        unit = min(side.values for side in sides)
+        if any(side.values % unit for side in sides):
+            unit = 1
+        self._weight = sum(side.values // unit for side in sides)
+        cost = [round(cache_type(t).bpv * _UNITS) for t in LADDER]
+        top = max(cost) * self._weight
+        # best[b]: divergence and choices of the sides so far with at most b units
+        best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] * (top + 1)
+        for side in sides:
+            weight = side.values // unit
+            after: list[tuple[float, tuple[int, ...]] | None] = [None] * (top + 1)
+            for b in range(top + 1):
+                options = [
+                    (before[0] + side.sensitivity * noise(t), i, before[1])
+                    for i, (t, c) in enumerate(zip(LADDER, cost, strict=True))
+                    if b >= c * weight and (before := best[b - c * weight]) is not None
+                ]
+                if options:
+                    kld, i, choices = min(options, key=lambda option: option[0])
+                    after[b] = (kld, (*choices, i))
+            best = after
+        self._best = best
+
+    def at(self, bits: float) -> Allocation:
+        """At no more than `bits` a value.
+
+        Raises:
+            UsageError: fewer than the smallest type has.
+        """
+        budget = min(int(bits * _UNITS * self._weight + 1e-6), len(self._best) - 1)
+        found = self._best[max(budget, 0)]
+        if found is None:
+            least = cache_type(LADDER[0])
+            raise UsageError(
+                f"{bits} bits a value are less than {least.name} has", f"ask for at least {least.bpv}"
+            )
+        types = tuple(LADDER[i] for i in found[1])
+        k, v = types[: len(self._k)], types[len(self._k) :]
+        spent = bits_per_value(k, v, [s.values for s in self._k], [s.values for s in self._v])
+        return Allocation(k, v, spent, found[0])
