@@ -200,6 +200,7 @@ def save_and_load(
             [str(a) for a in argv],
             capture_output=True,
             text=True,
+            errors="replace",
             stdin=subprocess.DEVNULL,
             env=child_environment()[0],
         )
@@ -346,6 +347,7 @@ def refusal(build: Build, model: Path, *args: object) -> str:
         [str(a) for a in argv],
         capture_output=True,
         text=True,
+        errors="replace",
         stdin=subprocess.DEVNULL,
         env=child_environment()[0],
     )

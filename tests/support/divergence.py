@@ -18,6 +18,7 @@ def tool(build: Build, name: str, *args: object, ok: bool = True, verbosity: int
         argv,
         capture_output=True,
         text=True,
+        errors="replace",  # random models write random bytes
         stdin=subprocess.DEVNULL,
         env=child_environment()[0],
         timeout=600,
