@@ -51,6 +51,8 @@ READ(q8_0,   FA_TYPE_Q8_0,   false, )
 READ(q5_0,   FA_TYPE_Q5_0,   false, )
 READ(q4_0,   FA_TYPE_Q4_0,   false, )
 READ(iq4_nl, FA_TYPE_IQ4_NL, false, )
+READ(turbo2, FA_TYPE_TURBO2, false, __registers)
+READ(turbo2, FA_TYPE_TURBO2, true,  __table)
 READ(turbo3, FA_TYPE_TURBO3, false, __registers)
 READ(turbo3, FA_TYPE_TURBO3, true,  __table)
 READ(turbo4, FA_TYPE_TURBO4, false, __registers)
@@ -62,6 +64,7 @@ TO_F16(q8_0,   block_q8_0,   dequantize_q8_0)
 TO_F16(q5_0,   block_q5_0,   dequantize_q5_0)
 TO_F16(q4_0,   block_q4_0,   dequantize_q4_0)
 TO_F16(iq4_nl, block_iq4_nl, dequantize_iq4_nl)
+TO_F16(turbo2, block_turbo2, dequantize_turbo2)
 TO_F16(turbo3, block_turbo3, dequantize_turbo3)
 TO_F16(turbo4, block_turbo4, dequantize_turbo4)
 
@@ -72,5 +75,6 @@ ENCODE(q5_0,   block_q5_0,   32, quantize_q5_0)
 ENCODE(q4_0,   block_q4_0,   32, quantize_q4_0)
 
 // SET_ROWS of the turbo types: 32 lanes encode 32 values
+COST encode_simd__turbo2__32(const float * x, block_turbo2 * dst, short g, ushort lane) { quantize_turbo2_simd(x, *dst, g, lane); }
 COST encode_simd__turbo3__32(const float * x, block_turbo3 * dst, short g, ushort lane) { quantize_turbo3_simd(x, *dst, g, lane); }
 COST encode_simd__turbo4__32(const float * x, block_turbo4 * dst, short g, ushort lane) { quantize_turbo4_simd(x, *dst, g, lane); }

@@ -95,7 +95,7 @@ int main(int argc, char ** argv) {
     for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
         if (ggml_type_size((ggml_type) t) > 0 && ggml_blck_size((ggml_type) t) > 0) { types.push_back((ggml_type) t); }
     }
-    auto turbo = [](ggml_type t) { return t == GGML_TYPE_TURBO3 || t == GGML_TYPE_TURBO4; };
+    auto turbo = [](ggml_type t) { return t == GGML_TYPE_TURBO2 || t == GGML_TYPE_TURBO3 || t == GGML_TYPE_TURBO4; };
     auto name  = [](ggml_type t) { return std::string(ggml_type_name(t)); };
 
     const int sizes[] = { 16, 32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256, 320, 512, 576 };

@@ -58,10 +58,10 @@ struct execution {
 
 static const ggml_type k_types[] = {
     GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL,
-    GGML_TYPE_TURBO3, GGML_TYPE_TURBO4,
+    GGML_TYPE_TURBO2, GGML_TYPE_TURBO3, GGML_TYPE_TURBO4,
 };
 
-static bool is_turbo(ggml_type t) { return t == GGML_TYPE_TURBO3 || t == GGML_TYPE_TURBO4; }
+static bool is_turbo(ggml_type t) { return t == GGML_TYPE_TURBO2 || t == GGML_TYPE_TURBO3 || t == GGML_TYPE_TURBO4; }
 
 struct rng_t {
     uint64_t s;
