@@ -350,6 +350,7 @@ static std::vector<float> rows(int64_t n, uint64_t seed) {
         x[i] = rng.gauss()*expf(3.0f*sinf(0.01f*(i/64))); // the groups differ in size by e^6
     }
     std::fill(x.begin() + 64, x.begin() + 128, 0.0f); // a block of zeros
+    for (int64_t i = 128; i < 192 && i < n; ++i) { x[i] *= 300.0f; } // a block beyond the largest scale of the turbo types
     return x;
 }
 
