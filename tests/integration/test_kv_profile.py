@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from tests.support.divergence import tool
 from tests.support.layouts import DIM, KV_HEADS, LAYERS, LAYOUTS, write_model
@@ -299,8 +300,6 @@ MALFORMED: dict[str, tuple[Edit, str]] = {
 
 def write_raw(shape: ModelShape, edit: Edit, out: Path) -> None:
     """A profile as the writer makes it, with one thing changed."""
-    from gguf import GGUFWriter
-
     keys: dict[str, tuple[str, Any]] = {
         "version": ("uint32", 1),
         "model.architecture": ("string", shape.arch),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
 
 from tests.support.layouts import LAYERS, LAYOUTS, write_model
 from turbo_eval.errors import RegressionError
@@ -46,8 +47,6 @@ def test_the_profile_beats_the_pair_of_as_many_bits(tuned: Tuned) -> None:
 
 
 def test_the_file_says_what_was_found(tuned: Tuned) -> None:
-    from gguf import GGUFReader
-
     said = {key: field.contents() for key, field in GGUFReader(tuned.path).fields.items()}
     assert tuple(said["kv_profile.type_k"]) == tuned.allocation.k
     assert tuple(said["kv_profile.type_v"]) == tuned.allocation.v

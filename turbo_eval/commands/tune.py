@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from turbo_eval.anchor.calibrate import TOOL
 from turbo_eval.commands import options as o
+from turbo_eval.errors import UsageError
+from turbo_eval.inputs.corpora import default_name, resolve_corpus
+from turbo_eval.inputs.models import resolve_model
+from turbo_eval.tune import run
 
 
 def register(app: typer.Typer) -> None:
@@ -44,19 +53,6 @@ def tune(
     backend: o.Backend = None,
     bin_dir: o.BinDir = None,
 ) -> None:
-    import math
-    import time
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from turbo_eval.anchor.calibrate import TOOL
-    from turbo_eval.errors import UsageError
-    from turbo_eval.inputs.corpora import default_name, resolve_corpus
-    from turbo_eval.inputs.models import resolve_model
-    from turbo_eval.tune.run import Settings
-    from turbo_eval.tune.run import tune as run_tune
-
     if bits is not None and max_kld is not None:
         raise UsageError("--bits and --max-kld ask for two things at once", "give one of them")
     for name, value in (("--bits", bits), ("--max-kld", max_kld)):
@@ -69,7 +65,7 @@ def tune(
     found = resolve_model(model)
     target = out or Path(f"{found.name}.kv-profile.gguf")
     text = resolve_corpus(corpus or default_name())
-    settings = Settings(
+    settings = run.Settings(
         None if max_kld is not None else bits or 3.25, max_kld, ctx=ctx, chunks=chunks, threads=threads
     )
     console, progress = Console(), Console(stderr=True)
@@ -79,7 +75,7 @@ def tune(
         left = (time.monotonic() - begin) / max(step - 1, 1) * (total - step + 1)
         progress.print(f"{step}/{total} {what}" + (f" ({left / 60:.0f} min left)" if step > 3 else ""))
 
-    done = run_tune(found, text, build, target, settings, on_step)
+    done = run.tune(found, text, build, target, settings, on_step)
     table = Table("cache", "bits a value", "KL divergence", "±")
     for row in done.rows:
         table.add_row(row.name, f"{row.bits:.2f}", f"{row.kld.mean:.5f}", f"{row.kld.error:.5f}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from turbo_eval.errors import UsageError
@@ -78,8 +79,6 @@ def model_shape(path: Path) -> ModelShape:
     Raises:
         UsageError: one part of a split model.
     """
-    from gguf import GGUFReader
-
     reader = GGUFReader(path)
     said = {key: f.contents() for key, f in reader.fields.items() if not key.startswith("tokenizer.")}
     if int(said.get("split.count", 1)) > 1:
@@ -96,8 +95,6 @@ def model_shape(path: Path) -> ModelShape:
 
 def read_statistics(path: Path) -> dict[str, NDArray[np.float16]]:
     """The tensors of a calibration file (see calibrate.py)."""
-    from gguf import GGUFReader
-
     return {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
 
 
@@ -108,8 +105,6 @@ def write_profile(profile: Profile, model: ModelShape, out: Path) -> None:
         UsageError: not a type for every layer.
         EnvironmentProblem: the disk is full.
     """
-    from gguf import GGUFWriter
-
     if not len(profile.k) == len(profile.v) == model.n_layer:
         raise UsageError(
             f"a profile with {len(profile.k)} types of K and {len(profile.v)} of V for {model.n_layer} layers"

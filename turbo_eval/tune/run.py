@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from turbo_eval import __version__
 from turbo_eval.anchor.calibrate import calibrate
 from turbo_eval.errors import RegressionError, UsageError
+from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.kv_profile import Profile, model_shape, read_statistics, write_profile
 from turbo_eval.inputs.models import ModelFile
@@ -57,6 +60,37 @@ class Tuned:
     rows: tuple[Row, ...]
 
 
+class _Bench:
+    """Where profiles of one model are measured: a text to tune on and one to judge on, window, statistics."""
+
+    def __init__(
+        self, model: ModelFile, corpus: CorpusFile, build: Build, folder: Path, settings: Settings
+    ) -> None:
+        self.shape = model_shape(model.path)
+        self._cell = folder / "cell.gguf"
+        found_on, judged_on = _halves(corpus, folder)
+        calibration = folder / f"{model.sha256[:12]}-{corpus.sha256[:12]}.kv-anchor.gguf"
+        if not calibration.is_file():
+            half = replace(corpus, path=found_on)
+            calibrate(model, half, build, calibration, ctx=512, chunks=16, threads=settings.threads)
+        n = self.shape.n_layer
+        statistics = read_statistics(calibration)
+        self.start = Profile(
+            (START,) * n, (START,) * n, settings.recent, settings.first, statistics=statistics
+        )
+        self.tuning, self.judging = (
+            Text(
+                build, model.path, model.sha256, half, folder,
+                ctx=settings.ctx, chunks=settings.chunks, threads=settings.threads,
+            )
+            for half in (found_on, judged_on)
+        )  # fmt: skip
+
+    def measure(self, text: Text, profile: Profile) -> Divergence:
+        write_profile(profile, self.shape, self._cell)
+        return text.measure(["--kv-profile", str(self._cell)], self._cell.read_bytes())
+
+
 def tune(
     model: ModelFile, corpus: CorpusFile, build: Build, out: Path, settings: Settings, on_step: OnStep
 ) -> Tuned:
@@ -65,97 +99,67 @@ def tune(
     The first half of the corpus finds the types, the second half judges them.
 
     Raises:
-        UsageError: layers that differ in size or have no cache, or fewer bits than the smallest type has.
+        UsageError: the corpus is one line, or fewer bits than the smallest type has.
         RegressionError: no types meet `max_kld`; the nearest is named.
         EnvironmentProblem: a tool failed.
     """
-    shape = model_shape(model.path)
-    info = model.gguf
     folder = out.with_suffix(".tune")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    found_on, judged_on = _halves(corpus, folder)
-    n = shape.n_layer
-    total = 1 + 1 + 2 * n + 5
-    step = 0
+    total = 7 + 2 * model.gguf.n_layer
+    steps = itertools.count(1)
 
     def tick(what: str) -> None:
-        nonlocal step
-        step += 1
-        on_step(step, total, what)
+        on_step(next(steps), total, what)
 
     tick("calibrate K and Q")
-    calibration = folder / f"{model.sha256[:12]}-{corpus.sha256[:12]}.kv-anchor.gguf"
-    if not calibration.is_file():
-        calibrate(
-            model, replace(corpus, path=found_on), build, calibration,
-            ctx=512, chunks=16, threads=settings.threads,
-        )  # fmt: skip
-    plain = Profile(
-        (START,) * n, (START,) * n, settings.recent, settings.first, statistics=read_statistics(calibration)
+    bench = _Bench(model, corpus, build, folder, settings)
+    front, scale = _sensitivities(bench, model, tick)
+    tick("the profile, on text that was held out")
+    profile, held_out, allocation = _search(front, scale, settings, bench)
+    rows = (Row(out.name, allocation.bits, held_out), *_rivals(bench, tick))
+    predicted = allocation.predicted * scale
+    final = replace(
+        profile,
+        predicted=predicted,
+        held_out=max(0.0, held_out.mean),
+        provenance=_provenance(model, corpus, build, settings),
     )
+    write_profile(final, bench.shape, out)
+    return Tuned(out, allocation, predicted, held_out, rows)
 
-    def text(path: Path) -> Text:
-        return Text(
-            build, model.path, model.sha256, path, folder,
-            ctx=settings.ctx, chunks=settings.chunks, threads=settings.threads,
-        )  # fmt: skip
 
-    tuning, judging = text(found_on), text(judged_on)
-
-    def of_profile(where: Text, profile: Profile) -> Divergence:
-        file = folder / "cell.gguf"
-        write_profile(profile, shape, file)
-        return where.measure(["--kv-profile", str(file)], file.read_bytes())
-
+def _sensitivities(bench: _Bench, model: ModelFile, tick: Callable[[str], None]) -> tuple[Front, float]:
+    """What each side of each layer costs, and the factor from the sum of that to what was measured."""
+    info, start = model.gguf, bench.start
     tick(f"{START} in every layer")
-    base = of_profile(tuning, plain).mean
+    base = bench.measure(bench.tuning, start).mean
     k_sides: list[Side] = []
     v_sides: list[Side] = []
-    for layer in range(n):
+    for layer in range(bench.shape.n_layer):
         tick(f"K of layer {layer} in {K_RAISED}")
-        kld = of_profile(tuning, replace(plain, k=_with(plain.k, layer, K_RAISED))).mean
+        kld = bench.measure(bench.tuning, replace(start, k=_with(start.k, layer, K_RAISED))).mean
         k_sides.append(_side(info.n_head_kv * info.head_dim_k, kld - base, K_RAISED))
-    for layer in range(n):
+    for layer in range(bench.shape.n_layer):
         tick(f"V of layer {layer} in {V_LOWERED}")
-        kld = of_profile(tuning, replace(plain, v=_with(plain.v, layer, V_LOWERED))).mean
+        kld = bench.measure(bench.tuning, replace(start, v=_with(start.v, layer, V_LOWERED))).mean
         v_sides.append(_side(info.n_head_kv * info.head_dim_v, kld - base, V_LOWERED))
-    front = Front(k_sides, v_sides)
     # What doesn't add up: the window, and the noise of one layer that the next ones change.
     at_start = sum(side.sensitivity for side in [*k_sides, *v_sides]) * noise(START)
-    scale = base / at_start if at_start > 0 else 1.0
+    return Front(k_sides, v_sides), base / at_start if at_start > 0 else 1.0
 
-    def verify(allocation: Allocation) -> tuple[Profile, Divergence]:
-        profile = replace(plain, k=allocation.k, v=allocation.v, bits=allocation.bits)
-        return profile, of_profile(judging, profile)
 
-    tick("the profile, on text that was held out")
-    profile, held_out, allocation = _search(front, scale, settings, verify)
-    rows = [Row(out.name, allocation.bits, held_out)]
-    for k, v, bits, window in (
-        ("turbo3", "turbo3", 3.25, True),
-        ("turbo4", "turbo4", 4.25, True),
-        ("q4_0", "q4_0", 4.5, False),
-        ("q8_0", "q8_0", 8.5, False),
-    ):
-        tick(f"{k}/{v}, on text that was held out")
-        if window:
-            cost = of_profile(judging, replace(plain, k=(k,) * n, v=(v,) * n))
-        else:
-            cost = judging.measure(["-ctk", k, "-ctv", v, "--kv-recent", "0", "--kv-first", "0"])
-        rows.append(Row(f"{k}/{v}" + (" + window" if window else ""), bits, cost))
-    predicted = allocation.predicted * scale
-    write_profile(
-        replace(
-            profile,
-            predicted=predicted,
-            held_out=max(0.0, held_out.mean),
-            provenance=_provenance(model, corpus, build, settings),
-        ),
-        shape,
-        out,
-    )
-    return Tuned(out, allocation, predicted, held_out, tuple(rows))
+def _rivals(bench: _Bench, tick: Callable[[str], None]) -> Iterator[Row]:
+    """What one would use otherwise: uniform pairs with the window, llama.cpp's own types without it."""
+    n = bench.shape.n_layer
+    for name in ("turbo3", "turbo4"):
+        tick(f"{name}/{name}, on text that was held out")
+        uniform = replace(bench.start, k=(name,) * n, v=(name,) * n)
+        yield Row(f"{name}/{name} + window", cache_type(name).bpv, bench.measure(bench.judging, uniform))
+    for name in ("q4_0", "q8_0"):
+        tick(f"{name}/{name}, on text that was held out")
+        plain = ["-ctk", name, "-ctv", name, "--kv-recent", "0", "--kv-first", "0"]
+        yield Row(f"{name}/{name}", cache_type(name).bpv, bench.judging.measure(plain))
 
 
 def _with(types: Sequence[str], layer: int, name: str) -> tuple[str, ...]:
@@ -168,26 +172,21 @@ def _side(values: int, change: float, name: str) -> Side:
 
 
 def _search(
-    front: Front,
-    scale: float,
-    settings: Settings,
-    verify: Callable[[Allocation], tuple[Profile, Divergence]],
+    front: Front, scale: float, settings: Settings, bench: _Bench
 ) -> tuple[Profile, Divergence, Allocation]:
     """The allocation for the bits, or of the fewest bits that keeps the bound where it is judged."""
-    if settings.bits is not None:
-        allocation = front.at(settings.bits)
-        return *verify(allocation), allocation
-    assert settings.max_kld is not None
-    bits, nearest = 2.25, None
-    while bits <= 8.5:
+    steps = [settings.bits] if settings.bits is not None else [2.25 + i / 8 for i in range(51)]
+    bound = settings.max_kld if settings.max_kld is not None else math.inf
+    nearest: tuple[float, float] | None = None
+    for bits in steps:
         allocation = front.at(bits)
-        if allocation.predicted * scale <= settings.max_kld or bits == 8.5:
-            profile, kld = verify(allocation)
-            if nearest is None or kld.mean < nearest[0]:
-                nearest = (kld.mean, allocation.bits)
-            if kld.mean <= settings.max_kld:
-                return profile, kld, allocation
-        bits += 0.125
+        if allocation.predicted * scale > bound and bits < steps[-1]:
+            continue
+        profile = replace(bench.start, k=allocation.k, v=allocation.v, bits=allocation.bits)
+        kld = bench.measure(bench.judging, profile)
+        if kld.mean <= bound:
+            return profile, kld, allocation
+        nearest = min(nearest or (math.inf, 0.0), (kld.mean, allocation.bits))
     assert nearest is not None
     raise RegressionError(
         f"no types keep the KL divergence within {settings.max_kld}; the nearest has {nearest[0]:.5f} "
