@@ -16,9 +16,10 @@ import pytest
 from turbo_eval.util import paths
 
 ARCH = "90"
-# One instance of the attention kernel (the others differ in types only), its host side, encoder, rotations.
+# Instances of the attention kernel that hold all our types, its host side, encoder, rotations.
 FILES = (
     "template-instances/fattn-mma-q-instance-turbo3-turbo4.cu",
+    "template-instances/fattn-mma-q-instance-turbo4-turbo2.cu",
     "fattn-mma-q.cu",
     "set-rows.cu",
     "fwht.cu",
