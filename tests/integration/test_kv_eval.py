@@ -12,10 +12,10 @@ import pytest
 from tests.conftest import absent
 from tests.support.layouts import LAYOUTS, write_model
 from turbo_eval.errors import IncompleteError, TurboEvalError
+from turbo_eval.evidence.kv_eval import KvEval, read_kv_eval
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.output import parse_ppl
-from turbo_eval.metrics.kv_eval import KvEval, read_kv_eval
 from turbo_eval.util.process import child_environment
 
 pytestmark = pytest.mark.build

@@ -1,4 +1,4 @@
-"""Run test-backend-ops on the cases of the turbo types and of the window: `python -m tests.kernels.turbo_ops`.
+"""Run test-backend-ops on the turbo types and the window: `python -m tests.kernels.turbo_ops`.
 
 Exit 1 when one fails, or when there are patches and yet not a single case ran.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from turbo_eval.metrics.kv_eval import read_kv_eval
+from turbo_eval.evidence.kv_eval import read_kv_eval
 
 
 def main(source: Path, target: Path) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from turbo_eval.analysis import paired as st
 from turbo_eval.errors import UsageError
+from turbo_eval.evidence import paired as st
 
 DATA = Path(__file__).parent.parent / "data" / "kv-eval" / "smollm2-135m.npz"
 PAIRS = ("q8_0:q8_0", "q4_0:q4_0", "turbo3:turbo3")
