@@ -1,8 +1,9 @@
 // Compares a whole model on several sides, token for token: the CPU backend, the CPU backend with exact attention, and
 // the emulated Metal device.
 //
-//   metal-model -m GGUF -f TEXT --side NAME --side NAME [...] --pair K/V [...] --at T:N [...] [--cache shared|own]
+//   metal-model -m GGUF -f TEXT --side NAME --side NAME [...] --pair K/V[+R] [...] --at T:N [...] [--cache shared|own]
 //               [--shard I/M] [-t THREADS]
+//   K/V+R: with an exact window of the newest R tokens and the first 4, in q8_0
 //   NAME: cpu, exact (the CPU backend, its attention replaced by one in double over ggml's to_float), metal
 //
 // At token T of the text each side decodes the next N tokens as one ubatch, and their logits are compared.
@@ -55,45 +56,59 @@ static std::vector<double> row_to_double(const ggml_tensor * t, const char * p) 
     return std::vector<double>(f.begin(), f.end());
 }
 
-// replaces the result of a FLASH_ATTN_EXT node by attention in double
+// replaces the result of a FLASH_ATTN_EXT node by attention in double, over the cache and the window if there is one
 static void exact_attention(ggml_tensor * t) {
-    const ggml_tensor * q = t->src[0], * k = t->src[1], * v = t->src[2], * m = t->src[3];
+    const ggml_tensor * q = t->src[0];
     float par[3]; // scale, max_bias, logit_softcap
     memcpy(par, t->op_params, sizeof(par));
-    if (par[1] != 0.0f || par[2] != 0.0f || t->src[4] || q->ne[3] != 1 || !m) {
+    if (par[1] != 0.0f || par[2] != 0.0f || t->src[4] || q->ne[3] != 1 || !t->src[3]) {
         fail(2, "the exact attention knows no ALiBi, soft cap, sinks or streams; take another model");
     }
-    const int64_t nq = q->ne[1], gqa = q->ne[2]/k->ne[2], nkv = k->ne[1];
-    for (int64_t hk = 0; hk < k->ne[2]; ++hk) {
-        std::vector<std::vector<double>> kd(nkv), vd(nkv);
-        for (int64_t j = 0; j < nkv; ++j) {
-            kd[j] = row_to_double(k, (const char *) k->data + j*k->nb[1] + hk*k->nb[2]);
-            vd[j] = row_to_double(v, (const char *) v->data + j*v->nb[1] + hk*v->nb[2]);
-        }
-        for (int64_t h = hk*gqa; h < (hk + 1)*gqa; ++h) {
-            for (int64_t i = 0; i < nq; ++i) {
-                const float       * qi = (const float *) ((const char *) q->data + i*q->nb[1] + h*q->nb[2]);
-                const ggml_fp16_t * mi = (const ggml_fp16_t *) ((const char *) m->data + i*m->nb[1]);
-                std::vector<double> p(nkv, -INFINITY), o(v->ne[0], 0.0);
-                double top = -INFINITY, sum = 0;
-                for (int64_t j = 0; j < nkv; ++j) {
-                    const float mask = ggml_fp16_to_fp32(mi[j]);
-                    if (mask == -INFINITY) { continue; }
-                    double d = 0;
-                    for (int64_t l = 0; l < k->ne[0]; ++l) { d += qi[l]*kd[j][l]; }
-                    p[j] = d*par[0] + mask;
-                    top = std::max(top, p[j]);
+    const int64_t nq = q->ne[1], nh = q->ne[2], nv = t->src[2]->ne[0];
+    std::vector<double> top(nq*nh, -INFINITY), sum(nq*nh, 0.0), o(nq*nh*nv, 0.0);
+    for (int is = 1; is < 8; is += 4) {
+        const ggml_tensor * k = t->src[is], * v = t->src[is + 1], * m = t->src[is + 2];
+        if (!k) { continue; }
+        const int64_t gqa = nh/k->ne[2], nkv = k->ne[1];
+        for (int64_t hk = 0; hk < k->ne[2]; ++hk) {
+            std::vector<std::vector<double>> kd(nkv), vd(nkv);
+            for (int64_t j = 0; j < nkv; ++j) {
+                kd[j] = row_to_double(k, (const char *) k->data + j*k->nb[1] + hk*k->nb[2]);
+                vd[j] = row_to_double(v, (const char *) v->data + j*v->nb[1] + hk*v->nb[2]);
+            }
+            for (int64_t h = hk*gqa; h < (hk + 1)*gqa; ++h) {
+                for (int64_t i = 0; i < nq; ++i) {
+                    const float       * qi = (const float *) ((const char *) q->data + i*q->nb[1] + h*q->nb[2]);
+                    const ggml_fp16_t * mi = (const ggml_fp16_t *) ((const char *) m->data + i*m->nb[1]);
+                    const int64_t r = i*nh + h;
+                    std::vector<double> p(nkv, -INFINITY);
+                    double top_new = top[r];
+                    for (int64_t j = 0; j < nkv; ++j) {
+                        const float mask = ggml_fp16_to_fp32(mi[j]);
+                        if (mask == -INFINITY) { continue; }
+                        double d = 0;
+                        for (int64_t l = 0; l < k->ne[0]; ++l) { d += qi[l]*kd[j][l]; }
+                        p[j] = d*par[0] + mask;
+                        top_new = std::max(top_new, p[j]);
+                    }
+                    if (top_new == -INFINITY) { continue; }
+                    const double scale = exp(top[r] - top_new);
+                    top[r] = top_new;
+                    sum[r] *= scale;
+                    for (int64_t l = 0; l < nv; ++l) { o[r*nv + l] *= scale; }
+                    for (int64_t j = 0; j < nkv; ++j) {
+                        if (p[j] == -INFINITY) { continue; }
+                        const double w = exp(p[j] - top_new);
+                        sum[r] += w;
+                        for (int64_t l = 0; l < nv; ++l) { o[r*nv + l] += w*vd[j][l]; }
+                    }
                 }
-                for (int64_t j = 0; j < nkv; ++j) {
-                    if (p[j] == -INFINITY) { continue; }
-                    const double w = exp(p[j] - top);
-                    sum += w;
-                    for (int64_t l = 0; l < v->ne[0]; ++l) { o[l] += w*vd[j][l]; }
-                }
-                float * dst = (float *) ((char *) t->data + h*t->nb[1] + i*t->nb[2]);
-                for (int64_t l = 0; l < v->ne[0]; ++l) { dst[l] = (float) (o[l]/sum); }
             }
         }
+    }
+    for (int64_t r = 0; r < nq*nh; ++r) {
+        float * dst = (float *) ((char *) t->data + r%nh*t->nb[1] + r/nh*t->nb[2]);
+        for (int64_t l = 0; l < nv; ++l) { dst[l] = sum[r] > 0 ? (float) (o[r*nv + l]/sum[r]) : 0.0f; }
     }
 }
 
@@ -131,15 +146,38 @@ static void exchange_rows(ggml_tensor * t, const hooks & h) {
     for (size_t i = 0; i < idx.size(); ++i) { ggml_backend_tensor_set(t, &other[i*size], idx[i]*t->nb[1], size); }
 }
 
+// the keys or values of a window as a prompt's attention reads them: the slots, and after them the batch's own rows
+static void exchange_window(ggml_tensor * t, const hooks & h) {
+    const ggml_tensor * slots = t->src[0];
+    while (slots->view_src) { slots = slots->view_src; }
+    std::vector<uint8_t> rows(ggml_nbytes(t));
+    if (h.mode == rows_mode::take) {
+        ggml_backend_tensor_get(t, rows.data(), 0, rows.size());
+        h.x->rows[std::string("concat ") + slots->name] = rows;
+        return;
+    }
+    const std::vector<uint8_t> & other = h.x->rows[std::string("concat ") + slots->name];
+    if (other.size() != rows.size()) { fail(2, std::string("the two sides read different windows of ") + slots->name); }
+    ggml_backend_tensor_set(t, other.data(), 0, other.size());
+}
+
+static bool is_window(const ggml_tensor * t) {
+    const ggml_tensor * slots = t->src[0];
+    while (slots && slots->view_src) { slots = slots->view_src; }
+    return t->op == GGML_OP_CONCAT && strncmp(slots->name, "cache_", 6) == 0;
+}
+
 static bool eval_callback(ggml_tensor * t, bool ask, void * data) {
     const hooks & h = *(const hooks *) data;
     const bool fa   = h.exact && t->op == GGML_OP_FLASH_ATTN_EXT;
     const bool rows = h.mode != rows_mode::leave && t->op == GGML_OP_SET_ROWS && strncmp(t->name, "cache_", 6) == 0;
+    const bool win  = h.mode != rows_mode::leave && is_window(t);
     if (ask) {
-        return fa || rows;
+        return fa || rows || win;
     }
     if (fa)   { exact_attention(t); }
     if (rows) { exchange_rows(t, h); }
+    if (win)  { exchange_window(t, h); }
     return true;
 }
 
@@ -167,7 +205,7 @@ struct context {
     hooks h; // what happens during the next decode
     int n_vocab;
 
-    context(const side & s, ggml_type k, ggml_type v, int n_ctx, int n_batch, int threads, bool share) {
+    context(const side & s, ggml_type k, ggml_type v, const llama_kv_params & window, int n_ctx, int n_batch, int threads, bool share) {
         llama_context_params p = llama_context_default_params();
         p.n_ctx           = n_ctx;
         p.n_batch         = n_batch;
@@ -184,7 +222,7 @@ struct context {
             p.cb_eval           = eval_callback;
             p.cb_eval_user_data = &h;
         }
-        ctx = llama_init_from_model(s.model, p);
+        ctx = llama_init_from_model_kv(s.model, p, &window);
         if (!ctx) { fail(2, std::string("no context for ") + ggml_type_name(k) + "/" + ggml_type_name(v) + " on " + s.name); }
         n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(s.model));
     }
@@ -266,7 +304,7 @@ int main(int argc, char ** argv) {
         else if (arg == "--cache" && (val == "shared" || val == "own")) { cache = val; }
         else if (arg == "--at" && sscanf(val.c_str(), "%d:%d", &p.pos, &p.n) == 2 && p.pos > 0 && p.n > 0) { probes.push_back(p); }
         else if (arg == "--shard" && sscanf(val.c_str(), "%d/%d", &shard, &n_shards) == 2 && shard < n_shards) { }
-        else { fail(2, "usage: metal-model -m GGUF -f TEXT --side cpu|exact|metal ... --pair K/V ... --at T:N ... [--cache shared|own] [--shard I/M] [-t N]"); }
+        else { fail(2, "usage: metal-model -m GGUF -f TEXT --side cpu|exact|metal ... --pair K/V[+R] ... --at T:N ... [--cache shared|own] [--shard I/M] [-t N]"); }
     }
     if (model.empty() || text_file.empty() || sides.size() < 2 || pairs.empty() || probes.empty()) {
         fail(2, "needs -m, -f, two or more --side, and at least one --pair and one --at");
@@ -306,12 +344,17 @@ int main(int argc, char ** argv) {
     for (size_t ip = 0; ip < pairs.size(); ++ip) {
         const std::string & pair = pairs[ip];
         const size_t slash = pair.find('/');
-        const ggml_type k = type_of(pair.substr(0, slash)), v = type_of(pair.substr(slash + 1));
+        const size_t plus  = std::min(pair.find('+'), pair.size());
+        const ggml_type k = type_of(pair.substr(0, slash)), v = type_of(pair.substr(slash + 1, plus - slash - 1));
+        llama_kv_params window = llama_kv_default_params();
+        window.n_recent    = plus < pair.size() ? atoi(pair.c_str() + plus + 1) : 0;
+        window.n_first     = window.n_recent > 0 ? 4 : 0;
+        window.type_recent = GGML_TYPE_Q8_0;
         // what f16 rounds away does not grow: those caches only start from the same bytes
         const bool impose = shared && (ggml_is_quantized(k) || ggml_is_quantized(v));
         std::vector<std::unique_ptr<context>> ctx;
         for (const side & sd : sides) {
-            ctx.push_back(std::make_unique<context>(sd, k, v, n_ctx, n_batch, threads, impose));
+            ctx.push_back(std::make_unique<context>(sd, k, v, window, n_ctx, n_batch, threads, impose));
             ctx.back()->h.exact = sd.name == "exact" && !shared; // a shared cache may come from anywhere
         }
         int pos = 0;

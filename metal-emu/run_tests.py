@@ -46,8 +46,10 @@ MODEL_PAIRS = (
     "turbo3/turbo3",
     "turbo4/turbo3",
     "turbo3/turbo4",
+    "turbo4/turbo4+32",
+    "turbo3/turbo3+32",
 )
-MODEL_PAIRS_QUICK = ("f16/f16", "q8_0/q8_0", "turbo3/turbo4")
+MODEL_PAIRS_QUICK = ("f16/f16", "q8_0/q8_0", "turbo3/turbo4", "turbo3/turbo3+32")
 # token:queries. Paths by number of queries: vec below 20, matrix below 32, dequantize-to-f16; 1 query beyond
 # 1024 keys: the heads that share a KV head together
 MODEL_PROBES = ("64:16", "96:24", "128:32", "160:16", "1100:1", "1101:1")
