@@ -162,7 +162,7 @@ def test_pairs_in_every_lane_order_and_gpu_family(emulator: Path, build: Build) 
 
 @pytest.mark.metal
 def test_llama_cpps_own_cases_pass(emulator: Path, build: Build) -> None:
-    """SET_ROWS, CPY, GET_ROWS, attention with turbo types, alone and beside a window, against the CPU."""
+    """SET_ROWS, CPY, GET_ROWS, CONCAT, flash attention with turbo types, also beside a window."""
     out = _run_tests("ops", build)
     window = re.search(r"^ok   test-backend-ops FLASH_ATTN_EXT: (\d+)/\1 tests passed win=", out, re.M)
     assert window is not None, out
