@@ -14,6 +14,9 @@ from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
 
 LADDER = ("turbo2", "turbo3", "turbo4", "q8_0")
+K_LADDER = LADDER[
+    1:
+]  # two bits are too few for K of any layer: its error isn't small, and nothing adds up any more
 _UNITS = 4  # a quarter of a bit: the types' bits are multiples of it
 
 
@@ -68,18 +71,18 @@ class Front:
         if any(side.values % unit for side in sides):
             unit = 1
         self._weight = sum(side.values // unit for side in sides)
-        cost = [round(cache_type(t).bpv * _UNITS) for t in LADDER]
-        top = max(cost) * self._weight
+        top = round(cache_type(LADDER[-1]).bpv * _UNITS) * self._weight
         # best[b]: divergence and choices of the sides so far with at most b units
         best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] * (top + 1)
-        for side in sides:
+        for side, ladder in [*((s, K_LADDER) for s in k_sides), *((s, LADDER) for s in v_sides)]:
             weight = side.values // unit
+            cost = [round(cache_type(t).bpv * _UNITS) * weight for t in ladder]
             after: list[tuple[float, tuple[int, ...]] | None] = [None] * (top + 1)
             for b in range(top + 1):
                 options = [
-                    (before[0] + side.sensitivity * noise(t), i, before[1])
-                    for i, (t, c) in enumerate(zip(LADDER, cost, strict=True))
-                    if b >= c * weight and (before := best[b - c * weight]) is not None
+                    (before[0] + side.sensitivity * noise(t), LADDER.index(t), before[1])
+                    for t, c in zip(ladder, cost, strict=True)
+                    if b >= c and (before := best[b - c]) is not None
                 ]
                 if options:
                     kld, i, choices = min(options, key=lambda option: option[0])
@@ -96,11 +99,26 @@ class Front:
         budget = min(int(bits * _UNITS * self._weight + 1e-6), len(self._best) - 1)
         found = self._best[max(budget, 0)]
         if found is None:
-            least = cache_type(LADDER[0])
             raise UsageError(
-                f"{bits} bits a value are less than {least.name} has", f"ask for at least {least.bpv}"
+                f"{bits} bits a value are less than K in {K_LADDER[0]} and V in {LADDER[0]} have",
+                "ask for more",
             )
         types = tuple(LADDER[i] for i in found[1])
         k, v = types[: len(self._k)], types[len(self._k) :]
         spent = bits_per_value(k, v, [s.values for s in self._k], [s.values for s in self._v])
         return Allocation(k, v, spent, found[0])
+
+
+def shrink(measured: Sequence[float]) -> list[float]:
+    """Sensitivities as they are likely to be, from measurements with chance in them (after James and Stein).
+
+    A sensitivity below zero can only be chance, so the squares of those say how large it is; each value is
+    drawn to the mean of all by the share of chance in their variance.
+    """
+    n = len(measured)
+    mean = sum(measured) / n
+    spread = sum((x - mean) ** 2 for x in measured) / n
+    below = [x * x for x in measured if x < 0]
+    chance = sum(below) / len(below) if below else 0.0
+    trust = max(0.0, 1.0 - chance / spread) if spread > 0 else 0.0
+    return [max(0.0, mean + trust * (x - mean)) for x in measured]

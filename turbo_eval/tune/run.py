@@ -17,7 +17,7 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.kv_profile import Profile, model_shape, read_statistics, write_profile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.tune.allocate import Allocation, Front, Side, noise
+from turbo_eval.tune.allocate import Allocation, Front, Side, noise, shrink
 from turbo_eval.tune.measure import Divergence, Text
 from turbo_eval.util.files import writing
 
@@ -134,16 +134,18 @@ def _sensitivities(bench: _Bench, model: ModelFile, tick: Callable[[str], None])
     info, start = model.gguf, bench.start
     tick(f"{START} in every layer")
     base = bench.measure(bench.tuning, start).mean
-    k_sides: list[Side] = []
-    v_sides: list[Side] = []
+    k_cost: list[float] = []
+    v_cost: list[float] = []
     for layer in range(bench.shape.n_layer):
         tick(f"K of layer {layer} in {K_RAISED}")
         kld = bench.measure(bench.tuning, replace(start, k=_with(start.k, layer, K_RAISED))).mean
-        k_sides.append(_side(info.n_head_kv * info.head_dim_k, kld - base, K_RAISED))
+        k_cost.append((kld - base) / (noise(K_RAISED) - noise(START)))
     for layer in range(bench.shape.n_layer):
         tick(f"V of layer {layer} in {V_LOWERED}")
         kld = bench.measure(bench.tuning, replace(start, v=_with(start.v, layer, V_LOWERED))).mean
-        v_sides.append(_side(info.n_head_kv * info.head_dim_v, kld - base, V_LOWERED))
+        v_cost.append((kld - base) / (noise(V_LOWERED) - noise(START)))
+    k_sides = [Side(info.n_head_kv * info.head_dim_k, cost) for cost in shrink(k_cost)]
+    v_sides = [Side(info.n_head_kv * info.head_dim_v, cost) for cost in shrink(v_cost)]
     # What doesn't add up: the window, and the noise of one layer that the next ones change.
     at_start = sum(side.sensitivity for side in [*k_sides, *v_sides]) * noise(START)
     return Front(k_sides, v_sides), base / at_start if at_start > 0 else 1.0
@@ -166,16 +168,11 @@ def _with(types: Sequence[str], layer: int, name: str) -> tuple[str, ...]:
     return tuple(name if i == layer else t for i, t in enumerate(types))
 
 
-def _side(values: int, change: float, name: str) -> Side:
-    """From the change of the divergence when START becomes `name`; a sign that can't be is chance."""
-    return Side(values, max(0.0, change / (noise(name) - noise(START))))
-
-
 def _search(
     front: Front, scale: float, settings: Settings, bench: _Bench
 ) -> tuple[Profile, Divergence, Allocation]:
     """The allocation for the bits, or of the fewest bits that keeps the bound where it is judged."""
-    steps = [settings.bits] if settings.bits is not None else [2.25 + i / 8 for i in range(51)]
+    steps = [settings.bits] if settings.bits is not None else [2.75 + i / 8 for i in range(47)]
     bound = settings.max_kld if settings.max_kld is not None else math.inf
     nearest: tuple[float, float] | None = None
     for bits in steps:
