@@ -37,6 +37,7 @@ TOOLS = {
 TESTS = {
     "tests/test-backend-ops.cpp": "test-backend-ops",
     "tests/test-quantize-fns.cpp": "test-quantize-fns",
+    "tests/test-kv-window.cpp": "test-kv-window",
 }
 _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
