@@ -88,7 +88,7 @@ def parse_effective(text: str) -> Effective:
     return Effective(
         k="+".join(dict.fromkeys(c[3] for c in caches)) or None,
         v="+".join(dict.fromkeys(c[5] for c in caches)) or None,
-        kv_mib=round(sum(float(c[0]) for c in caches) + window_mib, 2) if caches else None,
+        kv_mib=round(sum(float(c[0]) for c in caches), 2) if caches else None,
         k_mib=round(sum(float(c[4]) for c in caches), 2) if caches else None,
         v_mib=round(sum(float(c[6]) for c in caches), 2) if caches else None,
         kv_layers=sum(int(c[2]) for c in caches) if caches else None,
