@@ -36,7 +36,17 @@ def test_random_operations_and_small_models(build: Build) -> None:
 
 
 def _start(build: Build, model: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [build.tool("llama-completion"), "-m", model, "-c", "8192", "-p", "a", "-n", "1"]
+    command: list[str | Path] = [
+        build.tool("llama-completion"),
+        "-m",
+        model,
+        "-c",
+        "8192",
+        "-p",
+        "a",
+        "-n",
+        "1",
+    ]
     return subprocess.run(
         [*command, "-no-cnv", "-lv", "4", "--no-warmup", *args],
         stdout=subprocess.PIPE,
