@@ -128,6 +128,9 @@ def take(
     argv: list[str | Path] = [tool, "-m", model, "-f", text, "-c", str(tokens), "-o", out]
     argv += ["-ctk", setup.k, "-ctv", setup.v, "-fa", "on", "-t", str(threads), "-fit", "off"]
     argv += backend(setup.backend).device_flags()
+    if capabilities(build).kv_window:
+        # the steps recompute attention from the cache; keys in an exact window beside it would be missing
+        argv += ["--kv-recent", "0", "--kv-first", "0"]
     if setup.anchor:
         if not capabilities(build).kv_anchor:
             raise UsageError(
