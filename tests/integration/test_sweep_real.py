@@ -90,7 +90,7 @@ def test_table_in_every_format(undisturbed: tuple[Cli, str]) -> None:
     rich = cli.run("table", cli.results)
     assert rich.returncode == 0 and "4.5/4.5" in rich.stdout
     markdown = cli.run("table", cli.results, "--format", "markdown").stdout
-    assert markdown.splitlines()[2].startswith("| K | V | bpv |")
+    assert markdown.splitlines()[2].startswith("| K | V | window | bpv |")
     assert cli.run("table", cli.results, "--format", "csv").stdout.count("\n") == 8
     assert len(json.loads(cli.run("table", cli.results, "--format", "json").stdout)) == 7
 

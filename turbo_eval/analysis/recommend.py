@@ -97,7 +97,8 @@ def memory_mib(row: Summary, info: GgufInfo, ctx: int) -> float:
     for record in row.records:
         state = record.effective
         if record.ok and state.kv_mib and state.ctx and record.cell.metric in ("ppl", "kld", "decode"):
-            return state.kv_mib * ctx / state.ctx
+            window = state.window_mib or 0.0  # of the same size at any context
+            return (state.kv_mib - window) * ctx / state.ctx + window
     return shape_mib((row.k, row.v), info, ctx)
 
 
