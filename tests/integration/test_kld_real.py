@@ -154,7 +154,7 @@ def test_decode_path(cli: Cli, tmp_path: Path, build: Build) -> None:
         assert abs(row["decode"]["delta_pct"]) < row["decode"]["bound_pct"] == 6
 
     # a V whose two halves change places, in a batch of one token alone
-    load = "fa_load_v_quant(v_type, v_data + ic*v->nb[1], v->nb[1], n, DV, w);"
+    load = "fa_load_v_quant(seg.v_type, v_data, stride, n, DV, w);"
     swap = "std::swap_ranges(w.v32 + i*DV, w.v32 + i*DV + DV/2, w.v32 + i*DV + DV/2)"
     change = {load: f"{load} if (q->ne[1] == 1) {{ for (int64_t i = 0; i < n; ++i) {{ {swap}; }} }}"}
     bad = rebuilt_cpu_backend(build.bin_dir, "fattn-quant.cpp", change, tmp_path / "bin")

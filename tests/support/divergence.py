@@ -59,5 +59,6 @@ class Divergence:
 
     def _perplexity(self, kind: str, anchor: str | Path, *args: str) -> str:
         cache = ["-ctk", kind, "-ctv", kind, "-fa", "off" if kind == "f32" else "on", "--kv-anchor", anchor]
+        cache += ["--kv-recent", "0"]  # the cache alone
         base = ["--kl-divergence-base", self._base]
         return tool(self._build, "llama-perplexity", *self._args, *cache, *base, *args)

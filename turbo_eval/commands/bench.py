@@ -31,7 +31,9 @@ from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, 
 from turbo_eval.util import numbers as n
 from turbo_eval.util.paths import results_dir
 
-PAIRS = ",".join(f"{t.name}:{t.name}" for t in CACHE_TYPES.values() if t.codebook or t.beside_ours)
+PAIRS = ",".join(
+    f"{t.name}:{t.name}" for t in CACHE_TYPES.values() if t.common and (t.codebook or t.beside_ours)
+)
 
 
 def register(app: typer.Typer) -> None:
