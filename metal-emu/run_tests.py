@@ -286,8 +286,8 @@ class Run:
 
         tokens, (exact, base, device) = means("exact", "metal")
         _, (cpu, cpu_base, _) = means("cpu", "metal")
-        # Beside a window Metal is judged by the CPU alone: the two agree, exact attention is 7e-4 away from both
-        # with 8 to 32 queries of a batch, and why is not known (docs/metal.md).
+        # Beside a window Metal is judged by the CPU alone: the two agree, exact attention is 7e-4 away
+        # from both, and why is not known (docs/metal.md).
         window = "+" in pair
         ok = cpu <= (MODEL_FROM_WINDOW if window else MODEL_FROM_CPU.get(pair, math.inf))
         ok = ok and (window or exact <= MODEL_FROM_EXACT)
