@@ -17,7 +17,7 @@ from turbo_eval.analysis.recommend import Bound, Candidate, best, oddities
 from turbo_eval.analysis.recommend import recommend as rank
 from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.commands import options as o
-from turbo_eval.formats.window import AUTO, resolve
+from turbo_eval.formats.window import resolve
 from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
@@ -27,6 +27,7 @@ from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store, warn_once
 from turbo_eval.sweep.plan import beyond_training
 from turbo_eval.util import numbers as n
+from turbo_eval.util.numbers import AUTO
 from turbo_eval.util.paths import results_dir
 from turbo_eval.util.process import relevant_environment
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.util.numbers import AUTO
 
-AUTO: Literal["auto"] = "auto"
 # llama.cpp's own defaults in a build that has the window, for a pair with a type below 8 bits per value
 AUTO_RECENT, AUTO_FIRST = 128, 4
 
