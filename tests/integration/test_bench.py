@@ -104,7 +104,9 @@ def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:
     assert found[0]["decode_ratio"] == 1
     said = [line.split(": ")[0] for line in done.stderr.splitlines() if line.startswith("depth 0")]
     assert said == [
-        f"depth 0 round {n}/2 {pair}" for n in (1, 2) for pair in ("f16/f16", "q8_0/q8_0", "q4_0/q5_0")
+        f"depth 0 round {n}/2 {cell}"
+        for n in (1, 2)
+        for cell in ("f16/f16", "q8_0/q8_0", "q4_0/q5_0 window 128+4")
     ], "the rounds are interleaved"
     assert (tmp_path / "p.svg").read_text().count("q4_0/q5_0") >= 1
     assert cli.run("table", cli.results).returncode == 3, "benchmarks are no quality records"
