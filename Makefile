@@ -15,7 +15,7 @@ CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
 
-.PHONY: help setup source demo test check golden clean \
+.PHONY: help setup source demo docs test check golden clean \
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
@@ -54,9 +54,12 @@ demo: ## everything from a fresh clone to a table of perplexities, and how long 
 
 # -- judge -----------------------------------------------------------------------------------------
 
-check: setup ## what needs no compiler: ruff, mypy, order of the rooms, patch series
+docs: setup ## the documentation as a site in build/site; any warning ends it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+check: setup docs ## what needs no compiler: ruff, mypy, order of the rooms, patch series, documentation
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
-	@$(BIN)/mypy
+	@$(BIN)/mypy && $(BIN)/mypy docs/hooks
 	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	@$(BIN)/python -m tests.support.structure
 	@$(RUN) patches check

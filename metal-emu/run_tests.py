@@ -234,8 +234,8 @@ class Run:
         """A whole model, its weights in f16, on the emulated device and on the CPU.
 
         All sides decode the same tokens and read the bytes of one cache: caches of their own drift apart
-        (docs/metal.md). The CPU backend has roundings of its own in the attention, so it is run a second time
-        with attention in double: against that one the limits can be narrow.
+        (docs/explanation/metal.md). The CPU backend has roundings of its own in the attention, so it is run a
+        second time with attention in double: against that one the limits can be narrow.
         """
         if self.model_file is None or self.text is None:
             self.report("model", False, "needs --model and --text")
@@ -287,7 +287,7 @@ class Run:
         tokens, (exact, base, device) = means("exact", "metal")
         _, (cpu, cpu_base, _) = means("cpu", "metal")
         # Beside a window Metal is judged by the CPU alone: the two agree, exact attention is 7e-4 away
-        # from both, and why is not known (docs/metal.md).
+        # from both, and why is not known (docs/explanation/metal.md).
         window = "+" in pair
         ok = cpu <= (MODEL_FROM_WINDOW if window else MODEL_FROM_CPU.get(pair, math.inf))
         ok = ok and (window or exact <= MODEL_FROM_EXACT)

@@ -400,7 +400,7 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(
 def test_the_certificates_of_the_docs_work(tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    text = (Path(__file__).parents[2] / "docs" / "scale-out.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "scale-out.md").read_text()
     block = next(b for b in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if b.startswith("openssl"))
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True, capture_output=True)
     files = TlsFiles(tmp_path / "ca.pem", tmp_path / "me.pem", tmp_path / "me.key")

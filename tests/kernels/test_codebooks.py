@@ -94,7 +94,7 @@ def test_mse_of_a_million_gaussians(library: Library, book: Codebook) -> None:
 
 
 def unpack(name: str, block: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """One block as docs/cache-types.md describes it, value by value."""
+    """One block as docs/explanation/cache-types.md describes it, value by value."""
     magnitudes = next(book.magnitudes for book in BOOKS.values() if book.name == name)
     out = np.zeros(64)
     for value in range(64):

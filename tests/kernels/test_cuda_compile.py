@@ -1,6 +1,6 @@
 """The CUDA sources of the patch, without a GPU: they compile, and the template instances are the generator's.
 
-What runs on a GPU, and what it gave, is in docs/cuda.md.
+What runs on a GPU, and what it gave, is in docs/explanation/cuda.md.
 """
 
 from __future__ import annotations

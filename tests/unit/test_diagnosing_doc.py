@@ -1,4 +1,4 @@
-"""docs/diagnosing.md names commands and options that exist."""
+"""docs/how-to/diagnosing.md names commands and options that exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from turbo_eval.cli import load
 from turbo_eval.util import paths
 
-TEXT = (paths.repo_root() / "docs" / "diagnosing.md").read_text().replace("\\\n", " ")
+TEXT = (paths.repo_root() / "docs" / "how-to" / "diagnosing.md").read_text().replace("\\\n", " ")
 COMMANDS = re.findall(r"^\$ turbo-eval (.+)$", TEXT, re.MULTILINE)
 
 

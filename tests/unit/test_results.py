@@ -76,8 +76,8 @@ def test_export(cli: Cli, tmp_path: Path, suffix: str) -> None:
 
 def test_the_published_schema_is_the_code_s(cli: Cli) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    published = (repo_root() / "docs" / "record.schema.json").read_text()
-    assert published == json_schema(), "run `turbo-eval results schema > docs/record.schema.json`"
+    published = (repo_root() / "docs" / "reference" / "record.schema.json").read_text()
+    assert published == json_schema(), "run `turbo-eval results schema > docs/reference/record.schema.json`"
     validator = jsonschema.Draft202012Validator(json.loads(published))
     for data in cli.records():
         validator.validate(data)

@@ -1,4 +1,4 @@
-"""turbo-eval anchor bias|effect: the tables and plots of docs/why-symmetric-turbo-failed.md."""
+"""turbo-eval anchor bias|effect: the tables and plots of docs/explanation/why-symmetric-turbo-failed.md."""
 
 from __future__ import annotations
 

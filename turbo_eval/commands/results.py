@@ -118,7 +118,7 @@ def export(
 
 @results_app.command()
 def schema() -> None:
-    """The JSON schema of a record, as published in docs/record.schema.json.
+    """The JSON schema of a record, as published in docs/reference/record.schema.json.
 
     turbo-eval results schema > record.schema.json
     """

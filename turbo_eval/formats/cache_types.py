@@ -21,7 +21,8 @@ class Codebook:
         magnitudes: ascending positive int8 levels; the codebook is symmetric.
         rms1: rms of a Gaussian group whose best scale is 1 on average.
         bits: bits per value, scale included.
-        mse_limit: what docs/cache-types.md promises for unit Gaussians, squared error per unit of variance.
+        mse_limit: what docs/explanation/cache-types.md promises for unit Gaussians, squared error per unit of
+            variance.
         gate_kld, gate_kld_v: KL divergence, in nats, that a project's first gate allows the type on K and V
             (None: its gate leaves the type out), and on V alone beside a q8_0 K; None: no such check.
         place: (value in the block, bit of its code) → (byte of the block, bit of that byte).
@@ -42,8 +43,8 @@ class CacheType:
     """One type. `block` in values, `block_bytes` in bytes, as in ggml-common.h.
 
     Attributes:
-        mse: squared error per unit of variance on Gaussians: docs/cache-types.md for ours, for the others
-            measured with their reference encoders on 2^17 values; None: not measured.
+        mse: squared error per unit of variance on Gaussians: docs/explanation/cache-types.md for ours, for
+            the others measured with their reference encoders on 2^17 values; None: not measured.
         codebook: of the types that our patches add.
         common: among the pairs that commands take when none are named.
         beside_ours: on K where one of our types is on V alone.

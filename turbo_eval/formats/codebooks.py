@@ -4,7 +4,7 @@ A codebook is not Lloyd-Max's: the encoder searches a coarse scale per 32 values
 levels for that encoder differ from those for a known scale. Lloyd's iteration alternates the
 encoder of `ggml-turbo-impl.h` (patches/) with the least-squares level of each cell, on Gaussians
 whose rms covers one octave of the scale grid; the result is put on the integer grid of int8 that
-costs the least error. docs/cache-types.md documents the format byte by byte.
+costs the least error. docs/explanation/cache-types.md documents the format byte by byte.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Blocks of our types read and written from docs/cache-types.md alone: the reference for the library.
+"""Blocks of our types read and written from their description alone: the reference for the library.
 
-Nothing here is shared with ggml's code, and nothing is fast.
+The description is docs/explanation/cache-types.md. Nothing here is shared with ggml's code,
+and nothing is fast.
 """
 
 from __future__ import annotations

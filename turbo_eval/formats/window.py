@@ -1,7 +1,7 @@
 """The exact window: the newest and the first tokens of a sequence, kept beside a quantized cache.
 
 Keys and values of the last `recent` tokens before a query, and of the first `first` tokens of its sequence,
-are taken from a copy in 8 or 16 bits; all others from the quantized cache (docs/exact-window.md).
+are taken from a copy in 8 or 16 bits; all others from the quantized cache (docs/explanation/exact-window.md).
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Metric:
         own_exact: it is compared with an f16/f16 cell of its own, see `exact`.
         columns: its figures in tables, beside those of perplexity.
         bounds: what a gate can ask of it.
-        docs: where its method is described, in docs/method.md.
+        docs: where its method is described, in docs/explanation/method.md.
     """
 
     name: str = ""

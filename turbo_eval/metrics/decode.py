@@ -50,7 +50,7 @@ class DecodePath(Metric):
             unit=" %",
         ),
     )
-    docs = "docs/method.md#the-decode-path"
+    docs = "docs/explanation/method.md#the-decode-path"
 
     def lay_out(self, extent: Extent) -> dict[str, Any]:
         assert isinstance(extent.options, DecodeOptions)

@@ -23,7 +23,7 @@ class GreedyAgreement(Generation):
     name = "greedy"
     options = GreedyOptions
     columns = (Column("greedy same %", lambda r: r.greedy and r.greedy.agree_pct, "{:.1f}"),)
-    docs = "docs/method.md#greedy-agreement"
+    docs = "docs/explanation/method.md#greedy-agreement"
 
     def context(self, cell: Cell) -> int:
         return int(cell.options["prompt_tokens"]) + int(cell.options["tokens"])

@@ -51,7 +51,7 @@ class KlDivergence(Metric):
             upper=False,
         ),
     )
-    docs = "docs/method.md#kl-divergence"
+    docs = "docs/explanation/method.md#kl-divergence"
 
     def measure(
         self, job: Job, bench: Bench, on_progress: OnProgress, references: Sequence[Record]

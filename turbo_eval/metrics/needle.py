@@ -27,7 +27,7 @@ class NeedleRetrieval(Generation):
     name = "needle"
     options = NeedleOptions
     columns = (Column("needle", _shown),)
-    docs = "docs/method.md#needle-retrieval"
+    docs = "docs/explanation/method.md#needle-retrieval"
 
     def context(self, cell: Cell) -> int:
         return int(max(cell.options["lengths"])) + 16

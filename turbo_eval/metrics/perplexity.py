@@ -14,7 +14,7 @@ from turbo_eval.records.record import Record
 class Perplexity(Metric):
     name = "ppl"
     batched = True
-    docs = "docs/method.md#perplexity"
+    docs = "docs/explanation/method.md#perplexity"
 
     def measure(
         self, job: Job, bench: Bench, on_progress: OnProgress, references: Sequence[Record]

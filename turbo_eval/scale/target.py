@@ -123,7 +123,8 @@ def security(address: str, tls: TlsFiles, *, insecure: bool) -> Security | None:
     made: Any = Security(require_encryption=True, **given)
     if not (made.tls_ca_file and made.tls_client_cert):
         raise UsageError(
-            f"{address} needs certificates", "give --tls-ca, --tls-cert and --tls-key (docs/scale-out.md)"
+            f"{address} needs certificates",
+            "give --tls-ca, --tls-cert and --tls-key (docs/how-to/scale-out.md)",
         )
     try:
         made.get_connection_args("client")

@@ -51,8 +51,8 @@ class _Sweep(_Strict):
         chunks: chunks of `ctx` tokens, from the start of the corpus.
         ubatch: physical batch in tokens.
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
-        recent, first: sizes of the exact window in tokens (docs/exact-window.md); "auto": 128 and 4 for
-            pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
+        recent, first: sizes of the exact window in tokens (docs/explanation/exact-window.md); "auto": 128 and
+            4 for pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
         threads: CPU threads; None: all cores.
         timeout: seconds a cell may take; None: as long as it goes on saying something.
 
