@@ -40,6 +40,7 @@ class _Sweep(_Strict):
     """What to run. Lists multiply: models × contexts × anchors × windows × metrics × pairs.
 
     Attributes:
+        name: of the sweep, in messages; else the file's name.
         models: registry names or paths.
         corpus: registry name or path.
         pairs: (K, V) cache types.
@@ -50,6 +51,7 @@ class _Sweep(_Strict):
         ctx: context lengths in tokens.
         chunks: chunks of `ctx` tokens, from the start of the corpus.
         ubatch: physical batch in tokens.
+        backend: where it runs; its build has to be there.
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
         recent, first: sizes of the exact window in tokens (docs/explanation/exact-window.md); "auto": 128 and
             4 for pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
@@ -140,6 +142,7 @@ class _Check(_Strict):
 
     Attributes:
         pairs: K:V patterns as fnmatch takes them, e.g. "q8_0:turbo*".
+        name: in the verdict's sentences.
         model: pattern on the model's name.
         anchor: pattern on the anchor asked for.
         recent: the exact window's size in tokens; None: any.
