@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from turbo_eval.analysis import figures
 from turbo_eval.analysis import report as reports
+from turbo_eval.analysis.picture.front import draw
+from turbo_eval.analysis.picture.points import front as front_of
 from turbo_eval.analysis.staleness import stale
 from turbo_eval.analysis.summary import by_setting, summarize
-from turbo_eval.errors import IncompleteError
+from turbo_eval.errors import IncompleteError, UsageError
+from turbo_eval.records.record import Record
 from turbo_eval.records.speed import read_bench
 from turbo_eval.records.store import read_all, warn_once
+from turbo_eval.util import numbers as n
 from turbo_eval.util.paths import results_dir
 
 
@@ -23,6 +29,8 @@ def register(app: typer.Typer) -> None:
         ΔPPL is against f16/f16 of the same text and build.
 
           turbo-eval report --out report
+
+          turbo-eval report results/reference/NAME --front front.svg --at 8192
         """
     )(report)
 
@@ -33,6 +41,18 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Only print the markdown.")] = False,
+    front: Annotated[
+        Path | None,
+        typer.Option(help="Only draw loss against memory, to this .svg or .png.", show_default=False),
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            parser=n.option("--at", n.TOKENS),
+            metavar="N",
+            help="With --front: count memory at N tokens (default: those that were measured).",
+        ),
+    ] = None,
 ) -> None:
     places = results or [results_dir()]
     records = read_all(places)
@@ -41,8 +61,26 @@ def report(
         warn_once(sentence)
     if not records and not benches:
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
+    if front is not None:
+        _draw(records, front, at)
+        return
     if markdown:
         groups = [rows for _, rows in by_setting(summarize(records))]
         print(reports.markdown(groups, records, benches), end="")
         return
     print(reports.write_report(records, benches, out))
+
+
+def _draw(records: Sequence[Record], out: Path, at: int | None) -> None:
+    """The front of the only setting among the records."""
+    groups = [rows for _, rows in by_setting(summarize(records))]
+    if len(groups) != 1:
+        raise UsageError(
+            f"a front is of one setting, and there are {len(groups)} on record",
+            "name the record files or the folder of one model, text and build",
+        )
+    found = front_of(groups[0], at)
+    if found is None:
+        raise IncompleteError("no quantized pair with a loss is on record", "run `turbo-eval sweep` first")
+    figures.save(draw(found), out)
+    print(out)

@@ -1,0 +1,180 @@
+"""The front drawn: loss over bits per value, with error bars, readable axes and labels that don't collide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from turbo_eval.analysis.picture.points import Front, Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Stands for the text colour of the page; `turbo_eval.analysis.figures.inline_svg` replaces it.
+INK = "#123457"
+_COLOURS = {"alone": "#b45309", "window": "#2563eb"}
+_WORDS = {"alone": "cache alone", "window": "newest and first tokens kept exact"}
+_BEHIND = "#8a8f98"  # what another pair beats
+_MANY = 20.0  # ΔPPL in percent up to which the axis stays linear
+
+
+def draw(front: Front, *, width: float = 7.5, height: float = 4.6, title: str = "") -> Figure:
+    """The picture of a setting. Size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
+    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for kind in ("alone", "window"):
+        if any(p.kind == kind and p.front for p in front.points):
+            axes.plot([], [], "o", color=_COLOURS[kind], label=_WORDS[kind])
+    if any(not p.front for p in front.points):
+        axes.plot([], [], "o", color=_BEHIND, mfc="none", label="another pair is smaller and better")
+    _axes(axes, front)
+    best = front.best()
+    axes.plot([p.bits for p in best], [p.loss for p in best], "-", color=INK, linewidth=0.8, alpha=0.5)
+    for point in front.points:
+        _point(axes, point)
+    if title:
+        axes.set_title(title, color=INK, fontsize=11)
+    legend = axes.legend(fontsize=8.5, loc="upper right", framealpha=0)
+    for text in legend.get_texts():
+        text.set_color(INK)
+    figure.draw_without_rendering()
+    _label(axes, front, legend)
+    return figure
+
+
+def _axes(axes: Any, front: Front) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: PLC0415 as above
+
+    low = min(p.loss - (p.error or 0) for p in front.points)
+    high = max(p.loss + (p.error or 0) for p in front.points)
+    if front.of == "kld" and low > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_steps(low, high)))
+        axes.set_ylim(low / 1.6, high * 1.9)
+    elif high > _MANY:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_locator(FixedLocator([0, *_steps(1, high)]))
+        axes.set_ylim(min(low, 0) - 0.5, high * 2)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.margins(y=0.18)
+    if front.of == "delta":
+        axes.axhline(0, color=INK, linewidth=0.6)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.12g}".replace("-", "−")))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"bits per value, mean of K and V, window counted, at {front.ctx} tokens")
+    axes.set_ylabel(front.unit)
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    axes.tick_params(colors=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def _steps(low: float, high: float) -> list[float]:
+    """1, 2, 5 times a power of ten where that makes few ticks, else powers of ten; around low … high."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    found = [float(f"{f}e{n}") for n in range(first, last + 1) for f in factors]
+    return [x for x in found if low / 2 <= x <= high * 2]
+
+
+def _point(axes: Any, point: Point) -> None:
+    colour = _COLOURS[point.kind] if point.front else _BEHIND
+    axes.errorbar(
+        point.bits,
+        point.loss,
+        yerr=point.error,
+        fmt="o",
+        color=colour,
+        mfc=colour if point.front else "none",
+        markersize=6,
+        elinewidth=1,
+        capsize=2,
+        gid=f"point-{point.row}",
+    )
+
+
+_PLACES = [
+    *((7, 5, "left", "bottom"), (7, -5, "left", "top"), (-7, 5, "right", "bottom"), (-7, -5, "right", "top")),
+    *((0, 9, "center", "bottom"), (0, -9, "center", "top"), (12, 16, "left", "bottom")),
+    *((12, -16, "left", "top"), (-12, 16, "right", "bottom"), (-12, -16, "right", "top")),
+    *((16, 28, "left", "bottom"), (16, -28, "left", "top")),
+]
+
+
+def _label(axes: Any, front: Front, legend: Any) -> None:
+    """Names beside the points, each where it covers no other name, no point and not the legend."""
+    renderer = axes.figure.canvas.get_renderer()
+    # boxes to stay clear of, in pixels
+    taken = [legend.get_window_extent(renderer)]
+    taken += [_bar(axes, p) for p in front.points]
+    taken += [_box(x, y, 2) for x, y in _along(axes, front.best())]
+    inside = axes.get_window_extent(renderer)
+    for point in sorted(front.points, key=lambda p: not p.front):
+        text = axes.annotate(
+            point.pair,
+            (point.bits, point.loss),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=INK,
+            alpha=1 if point.front else 0.75,
+        )
+        tried = []
+        for place in _PLACES:
+            _place(text, *place)
+            box = text.get_window_extent(renderer)
+            cost = sum(_overlap(box, other) for other in taken)
+            cost += box.width * box.height - _overlap(box, inside)  # what would hang out
+            tried.append((cost, place))
+            if cost == 0:
+                break
+        _place(text, *min(tried)[1])
+        taken.append(text.get_window_extent(renderer))
+
+
+def _along(axes: Any, best: list[Point]) -> Iterator[tuple[float, float]]:
+    """Places on the line of the front, in pixels, a few apart."""
+    corners = [axes.transData.transform((p.bits, p.loss)) for p in best]
+    for (x0, y0), (x1, y1) in pairwise(corners):
+        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 5))
+        yield from ((x0 + (x1 - x0) * n / steps, y0 + (y1 - y0) * n / steps) for n in range(steps))
+
+
+def _place(text: Any, x: float, y: float, horizontal: str, vertical: str) -> None:
+    text.xyann = (x, y)
+    text.set_horizontalalignment(horizontal)
+    text.set_verticalalignment(vertical)
+
+
+def _box(x: float, y: float, around: float = 4) -> Any:
+    from matplotlib.transforms import Bbox  # noqa: PLC0415 as above
+
+    return Bbox.from_extents(x - around, y - around, x + around, y + around)
+
+
+def _bar(axes: Any, point: Point) -> Any:
+    """A point with its error bar."""
+    from matplotlib.transforms import Bbox  # noqa: PLC0415 as above
+
+    error = point.error or 0
+    x, low = axes.transData.transform((point.bits, max(point.loss - error, axes.get_ylim()[0])))
+    _, high = axes.transData.transform((point.bits, point.loss + error))
+    return Bbox.union([Bbox.from_extents(x - 3, low, x + 3, high), _box(x, (low + high) / 2)])
+
+
+def _overlap(a: Any, b: Any) -> float:
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(max(0.0, width) * max(0.0, height))
