@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.records import make_kld, make_record
-from turbo_eval.analysis.figures import level, pareto
+from turbo_eval.analysis.figures import level
+from turbo_eval.analysis.picture.points import front as front_of
 from turbo_eval.analysis.report import conclusion, html_page, markdown, write_report
 from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.records.record import Record
 
 RECORDS = [
     make_record(ppl=10.0, kld=make_kld(1e-6, 100.0)),
@@ -41,12 +43,14 @@ def test_the_page_holds_the_numbers(page: Path) -> None:
     for shown in ("10.0900", "+0.90", "0.0123", "+4.00", "3556", "8.5/3.25", "crash"):
         assert shown in text, shown
     assert "killed by &lt;SIGSEGV&gt;" in text and "<SIGSEGV>" not in text
-    assert text.index("id='f'>Failures") < text.index("id='summary'")
+    # the answer first, what failed named at the top and told below
+    assert text.index('href="#failures"') < text.index("id='answer'") < text.index("id='failures'")
+    assert len(page.read_bytes()) < 1_500_000
 
 
 def test_figures_are_files_too(page: Path) -> None:
     names = {p.name for p in (page.parent / "figures").iterdir()}
-    assert {"1-tiny-pareto.svg", "1-tiny-pareto.png", "1-tiny-kld.svg"} <= names
+    assert {"1-tiny-front.svg", "1-tiny-front.png", "1-tiny-kld.svg"} <= names
     assert (page.parent / "report.md").read_text().count("| q8_0 | turbo3 |") == 1
 
 
@@ -59,12 +63,18 @@ def test_verdict_in_words() -> None:
     assert "no verdict" in alone
 
 
+def _front(records: list[Record]) -> list[str]:
+    found = front_of(summarize(records))
+    assert found is not None and found.destroyed == ("turbo3/turbo3",)
+    return [point.name for point in found.best()]
+
+
 def test_pareto_front() -> None:
-    front = [f"{r.k}/{r.v}" for r in pareto(summarize(RECORDS))]
+    front = _front(RECORDS)
     # few bits to many: each better than all that are smaller; turbo3/turbo3's perplexity is 3556
     assert front == ["q4_0/q4_0", "q8_0/turbo3", "q8_0/q8_0"]
     worse = make_record("q5_1:q5_1", 11.0, kld=make_kld(0.2))
-    assert "q5_1/q5_1" not in [f"{r.k}/{r.v}" for r in pareto(summarize([*RECORDS, worse]))]
+    assert "q5_1/q5_1" not in _front([*RECORDS, worse])
 
 
 def test_heat_levels_grow_with_the_loss() -> None:

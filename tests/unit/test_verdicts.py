@@ -328,12 +328,15 @@ def test_nothing_measured_is_not_nothing_within(tmp_path: Path) -> None:
 
 
 def test_a_destroyed_pair_is_on_no_front_and_a_gain_is_no_loss(tmp_path: Path) -> None:
-    from turbo_eval.analysis.figures import losses, pareto
+    from turbo_eval.analysis.figures import losses
+    from turbo_eval.analysis.picture.points import front
     from turbo_eval.analysis.summary import summarize
 
     records = [make_record(), make_record("q8_0:q8_0", 9.969), make_record("turbo3:turbo3", 8780.7)]
     rows = summarize(records)
-    assert [f"{r.k}/{r.v}" for r in pareto(rows)] == ["q8_0/q8_0"]
+    found = front(rows)
+    assert found is not None and found.destroyed == ("turbo3/turbo3",)
+    assert [point.name for point in found.best()] == ["q8_0/q8_0"]
     values = {f"{r.k}/{r.v}": value for r, value in losses(rows)[0]}
     assert values["q8_0/q8_0"] == pytest.approx(-0.31), "the figure draws what was measured"
     assert "f16/f16" not in values, "the reference has no loss to draw"

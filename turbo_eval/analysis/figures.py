@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Stands for the text colour of the page; `inline_svg` replaces it, so that figures follow dark mode.
-_INK = "#123457"
+INK = "#123457"
+# The same with the colours of points and lines; the page's style sheet has another shade for dark mode.
+BLUE, AMBER, GREY = "#2563eb", "#b45309", "#6b7280"
+_OF_THE_PAGE = {INK: "currentColor", BLUE: "var(--blue)", AMBER: "var(--amber)", GREY: "var(--grey)"}
 
 
 # Perplexity more than doubled: no size makes up for that.
@@ -43,18 +46,6 @@ def losses(rows: Sequence[Summary]) -> tuple[list[tuple[Summary, float]], str]:
     return deltas, f"ΔPPL against {against} [%]"
 
 
-def pareto(rows: Sequence[Summary]) -> list[Summary]:
-    """Usable rows that no other row beats in both bits per value and loss, from few bits to many."""
-    points = [(r.bpv, value, r) for r, value in losses(rows)[0] if usable(r)]
-    front: list[Summary] = []
-    best = float("inf")
-    for _, value, row in sorted(points, key=lambda p: (p[0], p[1])):
-        if value < best:
-            front.append(row)
-            best = value
-    return front
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
     from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
@@ -63,38 +54,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for spine in axes.spines.values():
-        spine.set_color(_INK)
-    axes.tick_params(colors=_INK, which="both")
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    axes.title.set_color(_INK)
+        spine.set_color(INK)
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.title.set_color(INK)
     return figure, axes
-
-
-def pareto_figure(rows: Sequence[Summary]) -> Figure | None:
-    """Loss against mean bits per value; the Pareto front joined by a line. None: no points.
-
-    The loss's axis is logarithmic away from 0 and linear around it: a loss may be 0 or negative.
-    """
-    found, unit = losses(rows)
-    points = [(r, value) for r, value in found if r.bpv < 16]
-    if not points:
-        return None
-    figure, axes = _figure(7, 4.2)
-    front = [r for r in pareto(rows) if r.bpv < 16]
-    for row, value in points:
-        on_front = row in front
-        axes.plot(row.bpv, value, "o" if on_front else "x", color="#2563eb" if on_front else "#9a6700")
-        label = row.name
-        axes.annotate(label, (row.bpv, value), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
-    line = [(row.bpv, value) for row, value in points if row in front]
-    line.sort()
-    axes.plot([x for x, _ in line], [y for _, y in line], "-", color="#2563eb", linewidth=1, alpha=0.7)
-    axes.set_ylabel(unit)
-    axes.set_yscale("symlog", linthresh=1e-4 if unit.startswith("KL") else 0.1)
-    axes.set_xlabel("bits per value, mean of K and V")
-    axes.margins(x=0.12, y=0.15)
-    return figure
 
 
 def heatmap_figure(rows: Sequence[Summary], value: str) -> Figure | None:
@@ -160,15 +125,15 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
                 points = [(r.depth, y) for r in own if (y := r.row()[field]) is not None]
                 if points:
                     grid[line][column].plot(*zip(*points, strict=True), "o-", label=label)
-        grid[0][column].set_title(name, color=_INK)
-        grid[1][column].set_xlabel("depth [tokens]", color=_INK)
-        grid[1][column].axhline(1, color=_INK, linewidth=0.6)
-    grid[0][0].set_ylabel("tokens/s", color=_INK)
-    grid[1][0].set_ylabel("× f16", color=_INK)
+        grid[0][column].set_title(name, color=INK)
+        grid[1][column].set_xlabel("depth [tokens]", color=INK)
+        grid[1][column].axhline(1, color=INK, linewidth=0.6)
+    grid[0][0].set_ylabel("tokens/s", color=INK)
+    grid[1][0].set_ylabel("× f16", color=INK)
     for axes in grid.flat:
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=INK)
         for spine in axes.spines.values():
-            spine.set_color(_INK)
+            spine.set_color(INK)
     if labels:
         grid[0][1].legend(fontsize=8, framealpha=0.5)
     return figure
@@ -182,8 +147,11 @@ def inline_svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "turbo-eval"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    svg = svg[svg.index("<svg") :]
+    for colour, name in _OF_THE_PAGE.items():
+        svg = svg.replace(colour, name)
+    role = "group" if "<a " in svg else "img"  # what is an image has no links in it
+    return svg.replace("<svg", f'<svg role="{role}" aria-label="{label}"', 1)
 
 
 def save(figure: Figure, path: Path) -> None:

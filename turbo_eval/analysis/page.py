@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,6 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from turbo_eval.analysis import figures, table
+from turbo_eval.analysis.picture.front import draw
+from turbo_eval.analysis.picture.points import front
 from turbo_eval.analysis.summary import Summary, said_of_reference
 from turbo_eval.bench.run import pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
@@ -48,11 +51,16 @@ def css() -> Markup:
     return Markup(resources.files("turbo_eval.analysis").joinpath("report.css").read_text(encoding="utf-8"))
 
 
-def setting(name: str, rows: Sequence[Summary], conclusion: list[str]) -> dict[str, Any]:
-    """What the page shows of one setting."""
+def script() -> Markup:
+    """Of the page, as `css`."""
+    return Markup(resources.files("turbo_eval.analysis").joinpath("report.js").read_text(encoding="utf-8"))
+
+
+def setting(number: int, name: str, rows: Sequence[Summary], conclusion: list[str]) -> dict[str, Any]:
+    """What the page shows of one setting; `number` counts them from 1."""
     caption, columns, lines = table.for_people(table.to_frame(rows))
-    figure = figures.pareto_figure(rows)
-    front = [r for r in figures.pareto(rows) if r.bpv < 16]
+    found = front(rows)
+    drawn = draw(found, prefix=f"s{number}") if found else None
     return {
         "name": name,
         "conclusion": conclusion,
@@ -61,10 +69,31 @@ def setting(name: str, rows: Sequence[Summary], conclusion: list[str]) -> dict[s
         "columns": columns,
         "lines": lines,
         "bad": [r.status != "ok" for r in rows],
-        "heats": [heat for value in HEATS if (heat := _heat(rows, *value)) is not None],
-        "figure": Markup(figures.inline_svg(figure, "Loss against bits per value")) if figure else "",
-        "front": [r.name for r in front],
+        "heats": _heats(rows),
+        "figure": Markup(figures.inline_svg(drawn, f"Loss against bits per value, {name}")) if drawn else "",
+        "front": [point.name for point in found.best()] if found else [],
+        "destroyed": found.destroyed if found else (),
     }
+
+
+def _heats(rows: Sequence[Summary]) -> list[dict[str, Any]]:
+    """K × V of each figure; where a pair was measured with several exact windows, for each of these."""
+    several = {row.window for row in rows if (row.k, row.v) in _with_several(rows)}
+    found = []
+    for window in sorted(several, key=str) or [None]:
+        # a pair that never has a window stands beside both
+        own = [
+            r for r in rows if window is None or r.window == window or (r.k, r.v) not in _with_several(rows)
+        ]
+        said = "" if window is None else f", window {window}"
+        found += [_heat(own, value, f"{title}{said}", form) for value, title, form in HEATS]
+    return [heat for heat in found if heat is not None]
+
+
+def _with_several(rows: Sequence[Summary]) -> set[tuple[str, str]]:
+    """Pairs that stand in more than one row."""
+    counts = Counter((row.k, row.v) for row in rows)
+    return {pair for pair, count in counts.items() if count > 1}
 
 
 def _heat(rows: Sequence[Summary], value: str, title: str, form: str) -> dict[str, Any] | None:
@@ -89,7 +118,9 @@ def speed(
     name: str, own: Sequence[BenchRecord], records: Sequence[Record], *, drawn: bool = False
 ) -> dict[str, Any]:
     """What the page shows of one model's speed; markdown does without the figure."""
-    figure = Markup(figures.inline_svg(figures.speed_figure(own), "Speed against depth")) if drawn else ""
+    figure = (
+        Markup(figures.inline_svg(figures.speed_figure(own), f"Speed against depth, {name}")) if drawn else ""
+    )
     return {
         "name": name,
         "backend": own[0].backend,

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval.analysis import figures, page, table
+from turbo_eval.analysis.picture.cards import cards
+from turbo_eval.analysis.picture.front import draw
+from turbo_eval.analysis.picture.points import front
 from turbo_eval.analysis.statistics import decided
 from turbo_eval.analysis.summary import (
     Summary,
@@ -45,7 +48,8 @@ def _all_figures(
     groups: Sequence[Sequence[Summary]], benches: Sequence[BenchRecord]
 ) -> Iterator[tuple[str, Any]]:
     for number, rows in enumerate(groups, start=1):
-        made = [("pareto", figures.pareto_figure(rows))]
+        found = front(rows)
+        made = [("front", draw(found) if found else None)]
         made += [(value, figures.heatmap_figure(rows, value)) for value, _, _ in page.HEATS]
         for name, figure in made:
             if figure is not None:
@@ -165,20 +169,35 @@ def markdown(
     return text.rstrip() + "\n"
 
 
+def _worth_showing(groups: Sequence[Sequence[Summary]]) -> list[Sequence[Summary]]:
+    """Without settings that hold nothing but the f16/f16 run that others of the model are compared with."""
+    used = {row.reference.key for rows in groups for row in rows if row.reference is not None}
+    return [
+        rows
+        for rows in groups
+        if any(r.status != "ok" or r.bpv < 16 for r in rows)
+        or not {r.key for row in rows for r in row.records} & used
+    ]
+
+
 def html_page(
     groups: Sequence[Sequence[Summary]], records: Sequence[Record], benches: Sequence[BenchRecord]
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
+    groups = _worth_showing(groups)
     names = titles(groups)
     return (
         page.environment()
         .get_template("report.html.j2")
         .render(
             css=page.css(),
+            script=page.script(),
+            cards=cards(groups),
             records=records,
             failures=[r for rows in groups for r in rows if r.status != "ok"],
             settings=[
-                page.setting(name, rows, conclusion(rows)) for name, rows in zip(names, groups, strict=True)
+                page.setting(number, name, rows, conclusion(rows))
+                for number, (name, rows) in enumerate(zip(names, groups, strict=True), start=1)
             ],
             speeds=[page.speed(name, own, records, drawn=True) for name, own in _by_model(benches)],
             speed_columns=page.SPEED_COLUMNS,

@@ -7,21 +7,23 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from turbo_eval.analysis.figures import AMBER, BLUE, GREY, INK
 from turbo_eval.analysis.picture.points import Front, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Stands for the text colour of the page; `turbo_eval.analysis.figures.inline_svg` replaces it.
-INK = "#123457"
-_COLOURS = {"alone": "#b45309", "window": "#2563eb"}
+_COLOURS = {"alone": AMBER, "window": BLUE}
 _WORDS = {"alone": "cache alone", "window": "newest and first tokens kept exact"}
-_BEHIND = "#8a8f98"  # what another pair beats
 _MANY = 20.0  # ΔPPL in percent up to which the axis stays linear
 
 
-def draw(front: Front, *, width: float = 7.5, height: float = 4.6, title: str = "") -> Figure:
-    """The picture of a setting. Size in inches."""
+def draw(front: Front, *, prefix: str = "", width: float = 7.5, height: float = 4.6) -> Figure:
+    """The picture of a setting. Size in inches.
+
+    Args:
+        prefix: of the ids on a page: a name is a link to "#PREFIXrN", the row of the table; "": no links.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
     from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
@@ -32,19 +34,17 @@ def draw(front: Front, *, width: float = 7.5, height: float = 4.6, title: str = 
         if any(p.kind == kind and p.front for p in front.points):
             axes.plot([], [], "o", color=_COLOURS[kind], label=_WORDS[kind])
     if any(not p.front for p in front.points):
-        axes.plot([], [], "o", color=_BEHIND, mfc="none", label="another pair is smaller and better")
+        axes.plot([], [], "o", color=GREY, mfc="none", label="another pair is smaller and better")
     _axes(axes, front)
     best = front.best()
     axes.plot([p.bits for p in best], [p.loss for p in best], "-", color=INK, linewidth=0.8, alpha=0.5)
     for point in front.points:
         _point(axes, point)
-    if title:
-        axes.set_title(title, color=INK, fontsize=11)
     legend = axes.legend(fontsize=8.5, loc="upper right", framealpha=0)
     for text in legend.get_texts():
         text.set_color(INK)
     figure.draw_without_rendering()
-    _label(axes, front, legend)
+    _label(axes, front, legend, prefix)
     return figure
 
 
@@ -90,7 +90,7 @@ def _steps(low: float, high: float) -> list[float]:
 
 
 def _point(axes: Any, point: Point) -> None:
-    colour = _COLOURS[point.kind] if point.front else _BEHIND
+    colour = _COLOURS[point.kind] if point.front else GREY
     axes.errorbar(
         point.bits,
         point.loss,
@@ -101,7 +101,6 @@ def _point(axes: Any, point: Point) -> None:
         markersize=6,
         elinewidth=1,
         capsize=2,
-        gid=f"point-{point.row}",
     )
 
 
@@ -113,7 +112,7 @@ _PLACES = [
 ]
 
 
-def _label(axes: Any, front: Front, legend: Any) -> None:
+def _label(axes: Any, front: Front, legend: Any, prefix: str) -> None:
     """Names beside the points, each where it covers no other name, no point and not the legend."""
     renderer = axes.figure.canvas.get_renderer()
     # boxes to stay clear of, in pixels
@@ -129,7 +128,8 @@ def _label(axes: Any, front: Front, legend: Any) -> None:
             textcoords="offset points",
             fontsize=8.5,
             color=INK,
-            alpha=1 if point.front else 0.75,
+            alpha=1 if point.front else 0.8,
+            url=f"#{prefix}r{point.row}" if prefix else None,
         )
         tried = []
         for place in _PLACES:

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from turbo_eval.analysis.figures import losses, usable
 from turbo_eval.analysis.summary import Summary
-
-# Perplexity more than doubled: no size makes up for that.
-UNUSABLE_PCT = 100.0
 
 Kind = Literal["alone", "window"]
 
@@ -73,29 +71,32 @@ def front(rows: Sequence[Summary], ctx: int | None = None) -> Front | None:
     Args:
         ctx: tokens that memory is counted at; None: those that were measured.
     """
-    compared = [(n, r) for n, r in enumerate(rows) if r.status == "ok" and not r.is_reference and r.bpv < 16]
-    measured = [(n, r.get("kld")) for n, r in compared]
-    klds = {n: found.kld for n, found in measured if found is not None and found.kld is not None}
-    deltas = {n: r.delta for n, r in compared if r.delta is not None}
-    of: Literal["kld", "delta"] = "kld" if len(klds) >= max(1, len(deltas)) else "delta"
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    found, unit = losses(rows)
+    of: Literal["kld", "delta"] = "kld" if unit.startswith("KL") else "delta"
     size = ctx or (rows[0].ctx if rows else 0)
     points, destroyed = [], []
-    for number, row in compared:
-        if row.delta_pct is not None and row.delta_pct > UNUSABLE_PCT:
+    for row, loss in found:
+        if row.bpv >= 16:
+            continue
+        if not usable(row):
             destroyed.append(row.name)
             continue
-        kind: Kind = "window" if row.window else "alone"
-        if of == "kld" and number in klds:
-            loss, error = klds[number].mean, klds[number].mean_err
-        elif of == "delta" and number in deltas:
-            loss, error = deltas[number].pct, deltas[number].err_pct
-        else:
-            continue
         pair = f"{row.k}/{row.v}" if row.k != row.v else row.k
-        points.append(Point(row.name, pair, bits_at(row, size), loss, error, kind, number))
+        kind: Kind = "window" if row.window else "alone"
+        bits, error = bits_at(row, size), _error(row, of)
+        points.append(Point(row.name, pair, bits, loss, error, kind, numbers[id(row)]))
     if not points:
         return None
     return Front(tuple(_marked(points)), of, rows[0].against, size, tuple(destroyed))
+
+
+def _error(row: Summary, of: str) -> float | None:
+    """Standard error of the row's loss."""
+    if of == "delta":
+        return row.delta.err_pct if row.delta else None
+    record = row.get("kld")
+    return record.kld.mean_err if record is not None and record.kld is not None else None
 
 
 def _marked(points: Sequence[Point]) -> list[Point]:
