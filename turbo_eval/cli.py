@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
         None,
         "Codebooks of our types, their MSE on unit Gaussians and the limits they stand against.",
     ),
-    "results": (None, "List, prune and export what is on record."),
+    "results": (None, "List, prune, export and submit what is on record."),
     "anchor": (None, "What the K anchor is about and what it does."),
     "init": (
         _PREPARE,

@@ -169,7 +169,7 @@ def markdown(
     return text.rstrip() + "\n"
 
 
-def _worth_showing(groups: Sequence[Sequence[Summary]]) -> list[Sequence[Summary]]:
+def worth_showing(groups: Sequence[Sequence[Summary]]) -> list[Sequence[Summary]]:
     """Without settings that hold nothing but the f16/f16 run that others of the model are compared with."""
     used = {row.reference.key for rows in groups for row in rows if row.reference is not None}
     return [
@@ -184,7 +184,7 @@ def html_page(
     groups: Sequence[Sequence[Summary]], records: Sequence[Record], benches: Sequence[BenchRecord]
 ) -> str:
     """The whole page; nothing in it is fetched from anywhere."""
-    groups = _worth_showing(groups)
+    groups = worth_showing(groups)
     names = titles(groups)
     return (
         page.environment()

@@ -73,7 +73,7 @@ def report(
 
 def _draw(records: Sequence[Record], out: Path, at: int | None) -> None:
     """The front of the only setting among the records."""
-    groups = [rows for _, rows in by_setting(summarize(records))]
+    groups = reports.worth_showing([rows for _, rows in by_setting(summarize(records))])
     if len(groups) != 1:
         raise UsageError(
             f"a front is of one setting, and there are {len(groups)} on record",
@@ -82,5 +82,5 @@ def _draw(records: Sequence[Record], out: Path, at: int | None) -> None:
     found = front_of(groups[0], at)
     if found is None:
         raise IncompleteError("no quantized pair with a loss is on record", "run `turbo-eval sweep` first")
-    figures.save(draw(found), out)
+    figures.save(draw(found), out, found.said())
     print(out)

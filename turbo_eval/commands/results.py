@@ -1,8 +1,9 @@
-"""turbo-eval results: list, prune and export what is on record."""
+"""turbo-eval results: list, prune, export and submit what is on record."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,13 @@ from rich.table import Table
 from turbo_eval.commands import options as o
 from turbo_eval.errors import EnvironmentProblem, IncompleteError, UsageError
 from turbo_eval.records.record import Record, json_schema, read_record
-from turbo_eval.records.store import read_all, record_files
+from turbo_eval.records.share import problems, scrub
+from turbo_eval.records.store import Store, read_all, record_files
 from turbo_eval.sweep.progress import outcome
 from turbo_eval.util.files import writing
 from turbo_eval.util.paths import results_dir
 
-results_app = typer.Typer(no_args_is_help=True, help="List, prune and export what is on record.")
+results_app = typer.Typer(no_args_is_help=True, help="List, prune, export and submit what is on record.")
 
 
 def register(app: typer.Typer) -> None:
@@ -114,6 +116,41 @@ def export(
             raise EnvironmentProblem(
                 "writing Parquet needs pyarrow", "install it or export to .csv"
             ) from None
+
+
+@results_app.command()
+def submit(
+    name: Annotated[str, typer.Argument(help="Name of the folder, e.g. qwen3-8b-rtx-4090.")],
+    results: o.Results = None,
+    out: Annotated[Path, typer.Option(help="Where the folder is made.")] = Path("results/reference"),
+) -> None:
+    """Make a folder of records to show to others: checked, and without paths of this machine.
+
+    Checks schema and identity, provenance, plausibility, and that no path, host or user name is left. Failed
+    cells go along: they are results too.
+
+    turbo-eval results submit qwen3-8b-rtx-4090 --results results/MACHINE
+    """
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+        raise UsageError(f"{name!r} is no folder name for everyone", "take small letters, digits, . and -")
+    records = [scrub(read_record(path)) for path in record_files([results or results_dir()])]
+    if not records:
+        raise IncompleteError("there are no records", "run `turbo-eval sweep` first")
+    found = problems(records)
+    for sentence in found:
+        print(f"- {sentence}")
+    if found:
+        raise IncompleteError(
+            f"{len(found)} reasons not to show these {len(records)} records",
+            "mend them, or give --results a folder with fewer records",
+        )
+    folder = out / name
+    if folder.exists():
+        raise UsageError(f"{folder} is there already", "take another name, or remove it first")
+    for record in records:
+        Store(folder, record.machine).write(record)
+    print(f"{folder}: {len(records)} records. Add the folder to a pull request.")
 
 
 @results_app.command()

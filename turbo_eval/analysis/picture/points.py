@@ -50,6 +50,11 @@ class Front:
         """The loss's name and unit."""
         return "KL divergence from f16/f16, nats" if self.of == "kld" else f"ΔPPL against {self.against}, %"
 
+    def said(self) -> str:
+        """All that is drawn, in words."""
+        points = "; ".join(f"{p.name}: {p.bits:.3g} bits, {p.loss:.3g}" for p in self.points)
+        return f"{self.unit}, over bits per value at {self.ctx} tokens. {points}."
+
     def best(self) -> list[Point]:
         """The front, from few bits to many."""
         return [point for point in self.points if point.front]
