@@ -112,6 +112,18 @@ def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:
     assert cli.run("table", cli.results).returncode == 3, "benchmarks are no quality records"
 
 
+def test_windows_beside_each_other(tmp_path: Path, build: Build) -> None:
+    """Each run has the window that was asked for, and not llama.cpp's default."""
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["bench", "--synthetic", "tiny", "--pairs", "turbo3:turbo3", "--depths", "0", "--json"]
+    args += ["--recent", "0,16,128", "--prompt", "16", "--gen", "0", "--reps", "1", "--threads", "1"]
+    done = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert done.returncode == 0, done.stderr
+    rows = [r for r in json.loads(done.stdout) if r["k"] == "turbo3"]
+    assert [(r["recent"], r["first"]) for r in rows] == [(0, 0), (16, 4), (128, 4)]
+    assert [(r["effective_recent"], r["effective_first"]) for r in rows] == [(0, 0), (16, 4), (128, 4)]
+
+
 def test_anchor_states_beside_each_other(tmp_path: Path, build: Build) -> None:
     if not capabilities(build).kv_anchor:
         pytest.skip("an unpatched build has no K anchor")

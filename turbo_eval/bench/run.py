@@ -121,9 +121,14 @@ def _speeds(sample: _Sample) -> str:
     return ", ".join(f"{name} {value:.1f} t/s" for value, name in parts if value is not None)
 
 
-def bench_argv(plan: BenchPlan, pair: tuple[str, str], depth: int, model: Path, build: Build) -> list[str]:
-    """The llama-bench command of one run."""
-    argv = [str(build.tool("llama-bench")), "-m", str(model), "-ctk", pair[0], "-ctv", pair[1], "-fa", "on"]
+def bench_argv(plan: BenchPlan, candidate: Candidate, depth: int, model: Path, build: Build) -> list[str]:
+    """The llama-bench command of one run. llama-bench reads no environment variables, so all is said here."""
+    k, v, anchor, window = candidate
+    argv = [str(build.tool("llama-bench")), "-m", str(model), "-ctk", k, "-ctv", v, "-fa", "on"]
+    if anchor is not None:
+        argv += ["--kv-anchor", anchor]
+    if window is not None:
+        argv += ["--kv-recent", str(window.recent), "--kv-first", str(window.first)]
     argv += ["-p", str(plan.prompt), "-n", str(plan.gen), "-d", str(depth), "-r", "1"]
     argv += ["-t", str(plan.threads), "-o", "jsonl", "-v"]
     return argv + backend(plan.backend).bench_flags()
@@ -133,12 +138,8 @@ def _run_once(
     plan: BenchPlan, candidate: Candidate, depth: int, model: ModelFile, build: Build, folder: Path
 ) -> _Sample:
     k, v, anchor, window = candidate
-    argv = bench_argv(plan, (k, v), depth, model.path, build)
+    argv = bench_argv(plan, candidate, depth, model.path, build)
     env, _ = child_environment()
-    if anchor is not None:
-        env["LLAMA_ARG_KV_ANCHOR"] = anchor
-    if window is not None:
-        env["LLAMA_ARG_KV_RECENT"], env["LLAMA_ARG_KV_FIRST"] = str(window.recent), str(window.first)
     wide = f".w{window}" if window else ""
     log = folder / "logs" / f"{model.name}.{k}-{v}{wide}.d{depth}.log".replace("/", "-")
     outcome = run(argv, log=log, env=env, timeout=plan.timeout)

@@ -76,6 +76,8 @@ class BenchRecord(BaseModel):
             "decode_ratio": self.decode_ratio,
             "effective_k": self.effective.k,
             "effective_v": self.effective.v,
+            "effective_recent": self.effective.recent,
+            "effective_first": self.effective.first,
             "machine": self.provenance.machine.id,
         }
 
