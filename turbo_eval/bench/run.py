@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbo_eval.formats.window import OFF, Asked, Window, resolve
+from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
@@ -18,6 +18,7 @@ from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Effective, Record, Status
 from turbo_eval.records.reference import EXACT, serves
 from turbo_eval.records.speed import BenchRecord, key_of, write_speed
+from turbo_eval.util.numbers import TokensOrAuto
 from turbo_eval.util.process import child_environment, relevant_environment, run
 
 # What is measured: K, V, the K anchor and the exact window (None: the build has none).
@@ -42,8 +43,8 @@ class BenchPlan:
     anchors: tuple[str | None, ...]
     timeout: float | None = None
     windowed: bool = False
-    recent: tuple[Asked, ...] = ("auto",)
-    first: Asked = "auto"
+    recent: tuple[TokensOrAuto, ...] = ("auto",)
+    first: TokensOrAuto = "auto"
 
     def candidates(self) -> list[Candidate]:
         """f16/f16 first, each once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -188,7 +188,7 @@ def overrides(**given: Any) -> dict[str, Any]:
     return data
 
 
-def one_window(name: str, text: str) -> int | Literal["auto"]:
+def one_window(name: str, text: str) -> n.TokensOrAuto:
     """A single "auto" or number of tokens.
 
     Raises:

@@ -7,15 +7,12 @@ are taken from a copy in 8 or 16 bits; all others from the quantized cache (docs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.util.numbers import AUTO
+from turbo_eval.util.numbers import AUTO, TokensOrAuto
 
 # llama.cpp's own defaults in a build that has the window, for a pair with a type below 8 bits per value
 AUTO_RECENT, AUTO_FIRST = 128, 4
-
-Asked = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Window:
 OFF = Window()
 
 
-def resolve(recent: Asked, first: Asked, k: str, v: str) -> Window:
+def resolve(recent: TokensOrAuto, first: TokensOrAuto, k: str, v: str) -> Window:
     """What is asked for, for a pair: a pair whose types both have 8 bits or more is exact enough as it is.
 
     Args:

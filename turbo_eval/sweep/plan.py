@@ -10,7 +10,7 @@ from pathlib import Path
 
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.formats.window import OFF, Asked, Window, resolve
+from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
@@ -22,6 +22,7 @@ from turbo_eval.records.cell import Cell
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT
 from turbo_eval.sweep.spec import SweepSpec
+from turbo_eval.util.numbers import TokensOrAuto
 from turbo_eval.util.process import relevant_environment
 
 
@@ -141,7 +142,7 @@ def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[tuple[
     ]
 
 
-def check_window(recent: Iterable[Asked], first: Asked, build: Build) -> None:
+def check_window(recent: Iterable[TokensOrAuto], first: TokensOrAuto, build: Build) -> None:
     """Refuse a window that the build cannot have.
 
     Raises:

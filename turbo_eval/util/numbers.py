@@ -152,7 +152,7 @@ def percent(name: str) -> Callable[[Any], Any]:
     return parse
 
 
-def tokens_or_auto(name: str, text: str) -> list[int | Literal["auto"]]:
+def tokens_or_auto(name: str, text: str) -> list[TokensOrAuto]:
     """The items of a comma-separated option: "auto" or tokens.
 
     Raises:
