@@ -365,9 +365,10 @@ int main(int argc, char ** argv) {
                 for (size_t is = 0; is < (shared ? 1 : sides.size()); ++is) { ctx[is]->decode(tokens, pos, n, false); }
             }
             const bool mine = (int) i % n_shards == shard;
-            if (shared && mine) {
+            if (shared) {
+                // the first side too: restoring orders the slots of a window anew, and its rows are exchanged by slot
                 const std::vector<uint8_t> state = ctx[0]->state();
-                for (size_t is = 1; is < sides.size(); ++is) { ctx[is]->set_state(state); }
+                for (size_t is = 0; is < (mine ? sides.size() : 1); ++is) { ctx[is]->set_state(state); }
             }
             exchange x;
             std::vector<logits> out(sides.size());

@@ -35,7 +35,6 @@ STEPS = ("crosscheck", "ops", "pairs", "controls", "model")
 # pairs, and from the CPU's with exact attention for all; how far a turbo pair's divergence from f16 may be
 # from exact attention's, as a share of it.
 MODEL_FROM_CPU = {"f16/f16": 1e-4, "q8_0/q8_0": 1e-4}
-MODEL_FROM_WINDOW = 2e-5
 MODEL_FROM_EXACT = 2e-5
 MODEL_ALIKE = 0.02
 MODEL_PAIRS = (
@@ -286,15 +285,11 @@ class Run:
 
         tokens, (exact, base, device) = means("exact", "metal")
         _, (cpu, cpu_base, _) = means("cpu", "metal")
-        # Beside a window Metal is judged by the CPU alone: the two agree, exact attention is 7e-4 away
-        # from both, and why is not known (docs/explanation/metal.md).
-        window = "+" in pair
-        ok = cpu <= (MODEL_FROM_WINDOW if window else MODEL_FROM_CPU.get(pair, math.inf))
-        ok = ok and (window or exact <= MODEL_FROM_EXACT)
+        ok = cpu <= MODEL_FROM_CPU.get(pair, math.inf) and exact <= MODEL_FROM_EXACT
         text = f"{tokens} tokens, KL divergence from the CPU {cpu:.1e}, from exact attention {exact:.1e}"
         if "turbo" in pair:
             off = device / base - 1
-            ok = ok and (window or abs(off) <= MODEL_ALIKE)
+            ok = ok and abs(off) <= MODEL_ALIKE
             text += (
                 f"; from f16 {device:.5f}, with exact attention {base:.5f} ({off:+.2%}), CPU {cpu_base:.5f}"
             )
