@@ -54,13 +54,15 @@ class Cli:
 QUICK = ("--chunks", "1", "--ctx", "64")
 
 
-def faulty(folder: Path, real: Path, rule: str) -> Path:
-    """A bin folder whose llama-perplexity runs `rule` (shell, the arguments in "$@") and then
-    becomes the real one."""
+def faulty(folder: Path, real: Path, rule: str, name: str = "llama-perplexity") -> Path:
+    """A bin folder whose tool `name` runs `rule` (shell, the arguments in "$@") and then becomes the real
+    one. llama-perplexity is there in any case, without llama-kv-eval unless that is the tool."""
     folder.mkdir(parents=True, exist_ok=True)
-    tool = folder / "llama-perplexity"
-    tool.write_text(f'#!/bin/bash\nREAL={real / "llama-perplexity"}\n{rule}\nexec "$REAL" "$@"\n')
-    tool.chmod(0o755)
+    for each in {"llama-perplexity", name}:
+        tool = folder / each
+        said = rule if each == name else ""
+        tool.write_text(f'#!/bin/bash\nREAL={real / each}\n{said}\nexec "$REAL" "$@"\n')
+        tool.chmod(0o755)
     return folder
 
 

@@ -175,7 +175,9 @@ class Bisection:
     def _records(self, llama_commit: str) -> list[Record]:
         build = self.builder.build(llama_commit)
         try:
-            plan = make_plan(self.spec, build)
+            # the same way of measuring at every commit: llama-kv-eval came late
+            spec = self.spec.model_copy(update={"engine": "llama-perplexity"})
+            plan = make_plan(spec, build)
         except UsageError as error:
             # The type or option came later in history.
             raise UntestableError(error.message) from None

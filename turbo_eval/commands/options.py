@@ -108,6 +108,14 @@ Timeout = Annotated[
         show_default=False,
     ),
 ]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="kv-eval (default): all caches in one process; llama-perplexity: one process a cell.",
+        show_default=False,
+    ),
+]
 Retries = Annotated[
     int,
     typer.Option(

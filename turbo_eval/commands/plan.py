@@ -45,6 +45,7 @@ def plan(
     recent: o.Recent = None,
     first: o.First = None,
     backend: o.Backend = None,
+    engine: o.EngineName = None,
     threads: o.Threads = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
@@ -65,6 +66,7 @@ def plan(
         recent=recent,
         first=first,
         backend=backend,
+        engine=engine,
         threads=threads,
     )
     spec = o.load_spec(config, given)
@@ -81,7 +83,7 @@ def plan(
     console.print(f"{to_do} of {len(made.jobs)} cells to run, roughly {left / 60:.1f} min.")
     bases = {}
     for job in made.jobs:
-        if job.cell.metric == "kld":
+        if job.cell.metric == "kld" and job.cell.engine == "llama-perplexity":
             base = BaseLogits.default()
             path = base.path(job.cell, store.dir.name)
             bases[path] = (base.size_for(job.cell, job.model.gguf.n_vocab), path.exists())

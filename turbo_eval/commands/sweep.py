@@ -69,6 +69,7 @@ def sweep(
     recent: o.Recent = None,
     first: o.First = None,
     backend: o.Backend = None,
+    engine: o.EngineName = None,
     threads: o.Threads = None,
     timeout: o.Timeout = None,
     bin_dir: o.BinDir = None,
@@ -108,10 +109,13 @@ def sweep(
             recent=recent,
             first=first,
             backend=backend,
+            engine=engine,
             threads=threads,
             timeout=timeout,
         ),
     )
+    if target.kind != "local":  # a worker measures a cell at a time
+        spec = spec.model_copy(update={"engine": "llama-perplexity"})
     build = o.load_build_to_plan(spec.backend, bin_dir, remote=target.kind == "remote")
     plan = make_plan(spec, build)
     behind = moved_on(build) if target.kind == "local" else ""

@@ -221,6 +221,54 @@ def last_error(text: str) -> str | None:
     return found[-1].strip()[:300] if found else None
 
 
+_CONTEXT = re.compile(r"^create: context for (\S+) \(anchor ", re.M)
+# kv-eval: batched chunk 2/8, 31 s left, perplexity: f16:f16,anchor=off,recent=0,first=0 13.0665 …
+_SCORED = re.compile(r"^kv-eval: (batched|one-token) chunk (\d+)/(\d+), .*? left, perplexity:(.*)$", re.M)
+_TOO_FEW = re.compile(r"error: (the text has \d+ tokens, \d+ chunk\(s\) of \d+ from chunk \d+ on need \d+)")
+_TOO_LARGE = re.compile(r"error: (\d+ contexts of \d+ tokens need .*? are there)")
+
+
+def contexts(text: str) -> dict[str, str]:
+    """What llama-kv-eval said of each cache, by the cache as it was told of it: the lines on the model, then
+    those on its own context."""
+    starts = list(_CONTEXT.finditer(text))
+    ends = [found.start() for found in starts[1:]] + [len(text)] * bool(starts)
+    common = text[: starts[0].start()] if starts else text
+    return {found[1]: common + text[found.start() : end] for found, end in zip(starts, ends, strict=True)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A line of progress: `chunk` of `total` done, perplexities so far by cache."""
+
+    one_token: bool
+    chunk: int
+    total: int
+    ppl: dict[str, float]
+
+
+def scored(text: str) -> list[Scored]:
+    """Progress of llama-kv-eval in whole lines of its output."""
+    found = []
+    for path, chunk, total, figures in _SCORED.findall(text):
+        words = figures.split()
+        ppl = {name: float(x) for name, x in zip(words[::2], words[1::2], strict=False)}
+        found.append(Scored(path == "one-token", int(chunk), int(total), ppl))
+    return found
+
+
+def text_too_short(text: str) -> str | None:
+    """llama-kv-eval's sentence on a text that has not as many chunks, if there is one."""
+    found = _TOO_FEW.search(text)
+    return found[1] if found else None
+
+
+def memory_too_small(text: str) -> str | None:
+    """llama-kv-eval's sentence on contexts that do not fit together, if there is one."""
+    found = _TOO_LARGE.search(text)
+    return found[1] if found else None
+
+
 @dataclass
 class ProgressScanner:
     """Follows a running llama-perplexity; feed it text as it comes.

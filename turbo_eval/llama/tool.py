@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from turbo_eval.errors import EnvironmentProblem, UsageError
+from turbo_eval.formats.window import Window
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.records.cell import Cell
 from turbo_eval.util.process import child_environment
 
+KV_EVAL = "llama-kv-eval"
+
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Cache types that the tool's --help lists, and whether it has --kv-anchor and --kv-recent."""
+    """Cache types that the tool's --help lists, whether it has --kv-anchor and --kv-recent, and whether
+    llama-kv-eval lies beside it."""
 
     cache_types: frozenset[str]
     kv_anchor: bool
     kv_window: bool
+    kv_eval: bool = False
 
 
 def capabilities(build: Build) -> Capabilities:
@@ -48,7 +54,9 @@ def _capabilities(tool: Path) -> Capabilities:
         reason = text.strip().splitlines()[-1] if text.strip() else f"exit code {done.returncode}"
         raise EnvironmentProblem(f"{tool} --help names no cache types: {reason}", "rebuild it")
     names = frozenset(t.strip() for t in types[1].split(",") if t.strip())
-    return Capabilities(names, kv_anchor="--kv-anchor" in text, kv_window="--kv-recent" in text)
+    able = {option: f"--kv-{option}" in text for option in ("anchor", "recent")}
+    kv_eval = all(able.values()) and tool.with_name(KV_EVAL).is_file()
+    return Capabilities(names, kv_anchor=able["anchor"], kv_window=able["recent"], kv_eval=kv_eval)
 
 
 def check_types(build: Build, pairs: tuple[tuple[str, str], ...]) -> None:
@@ -90,13 +98,8 @@ def perplexity_argv(
         logits_base: compare with the log-probabilities there (KL divergence); the text is then
             taken from that file.
     """
-    argv = [str(build.tool("llama-perplexity")), "-m", str(model), "-f", str(corpus)]
-    argv += ["-c", str(cell.ctx), "-b", str(cell.batch), "-ub", str(cell.ubatch)]
-    argv += ["--chunks", str(cell.chunks), "-ctk", cell.k, "-ctv", cell.v]
-    argv += ["-fa", "on" if cell.flash_attn else "off", "-t", str(threads)]
-    # --fit would change unset arguments to what fits the device's memory.
-    argv += ["-fit", "off", "--no-warmup"]
-    argv += backend(cell.backend).device_flags()
+    argv = [str(build.tool("llama-perplexity")), *_text(cell, model, corpus, cell.chunks)]
+    argv += ["-ctk", cell.k, "-ctv", cell.v, *_how(cell, threads)]
     if anchor is not None:
         argv += ["--kv-anchor", str(anchor)]
     if capabilities(build).kv_window:
@@ -106,3 +109,49 @@ def perplexity_argv(
     if logits_base is not None:
         argv += ["--kl-divergence", "--kl-divergence-base", str(logits_base)]
     return [*argv, *_LOGGING]
+
+
+def kv_eval_argv(
+    cell: Cell,
+    build: Build,
+    *,
+    model: Path,
+    corpus: Path,
+    threads: int,
+    reference: str,
+    pairs: Sequence[str],
+    chunks: int,
+    first_chunk: int,
+    one_token: int,
+    out: Path,
+) -> list[str]:
+    """The llama-kv-eval command that scores several caches of one comparison.
+
+    Args:
+        cell: a batched cell of it: model, text, context and batch are its.
+        reference, pairs: as `kv_eval_pair` writes them.
+        chunks: to evaluate in batches, from `first_chunk` of the text on; may be 0.
+        one_token: chunks to evaluate one token at a time, from the same on.
+        out: where the figures of each token go.
+    """
+    argv = [str(build.tool(KV_EVAL)), *_text(cell, model, corpus, chunks), *_how(cell, threads)]
+    argv += ["--first-chunk", str(first_chunk), "--one-token", str(one_token), "--reference", reference]
+    for pair in pairs:
+        argv += ["--pair", pair]
+    return [*argv, "--out", str(out), *_LOGGING]
+
+
+def kv_eval_pair(k: str, v: str, anchor: str, window: Window) -> str:
+    """A cache as llama-kv-eval is told of it."""
+    return f"{k}:{v},anchor={anchor},recent={window.recent},first={window.first}"
+
+
+def _text(cell: Cell, model: Path, corpus: Path, chunks: int) -> list[str]:
+    sizes = ["-c", str(cell.ctx), "-b", str(cell.batch), "-ub", str(cell.ubatch), "--chunks", str(chunks)]
+    return ["-m", str(model), "-f", str(corpus), *sizes]
+
+
+def _how(cell: Cell, threads: int) -> list[str]:
+    # --fit would change unset arguments to what fits the device's memory.
+    flags = ["-fa", "on" if cell.flash_attn else "off", "-t", str(threads), "-fit", "off", "--no-warmup"]
+    return [*flags, *backend(cell.backend).device_flags()]

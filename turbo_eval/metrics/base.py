@@ -102,7 +102,8 @@ class Metric:
     Attributes:
         name: as users and records spell it.
         options: its settings, if it has any.
-        batched: it runs llama-perplexity over the text and so yields a perplexity.
+        batched: it sends the text through in batches and so yields a perplexity.
+        per_token: it follows from figures of each token, so llama-kv-eval can measure it.
         covers: metrics whose figures its cells hold too; they are dropped beside it.
         needs: metrics of which one has to be in the plan before it; the first is added if none is.
         own_exact: it is compared with an f16/f16 cell of its own, see `exact`.
@@ -114,6 +115,7 @@ class Metric:
     name: str = ""
     options: type[Options] | None = None
     batched: bool = False
+    per_token: bool = False
     covers: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     own_exact: bool = False

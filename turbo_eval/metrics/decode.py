@@ -38,6 +38,7 @@ def _words(record: Record) -> str:
 class DecodePath(Metric):
     name = "decode"
     options = DecodeOptions
+    per_token = True
     needs = ("ppl", "kld")
     columns = (Column("decode Δ %", lambda r: r.decode and r.decode.delta_pct, "{:+.2f}"),)
     bounds = (

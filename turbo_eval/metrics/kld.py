@@ -26,6 +26,7 @@ def _same_top_words(record: Record) -> str:
 class KlDivergence(Metric):
     name = "kld"
     batched = True
+    per_token = True
     covers = ("ppl",)
     columns = (
         Column("KLD", lambda r: r.kld and r.kld.mean, "{:z.5f}"),

@@ -14,6 +14,7 @@ from turbo_eval.records.record import Record
 class Perplexity(Metric):
     name = "ppl"
     batched = True
+    per_token = True
     docs = "docs/explanation/method.md#perplexity"
 
     def measure(

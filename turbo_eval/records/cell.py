@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from turbo_eval.formats.window import Window
+
+# Who measures: one process that scores all caches of a comparison together, or one process a cell.
+Engine = Literal["kv-eval", "llama-perplexity"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 class Frozen(BaseModel):
@@ -23,6 +27,9 @@ class Cell(Frozen):
 
     `recent` and `first` are the exact window's sizes; 0 and 0: none.
     `env` holds the GGML_* and LLAMA_* variables in force; `options` the metric's own settings.
+    `engine` is part of the identity where it moves the number: llama-perplexity leaves tokens that f16 finds
+    less likely than e^-16 out of a KL divergence, and has two tokens in a micro-batch where decoding has one.
+    Perplexities agree to the digits it prints.
     """
 
     metric: str
@@ -45,6 +52,7 @@ class Cell(Frozen):
     tree: str
     env: dict[str, str] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
+    engine: Engine = "llama-perplexity"
 
     def key(self) -> str:
         """Identity of the number: 16 hex digits over everything that can change it.
@@ -60,7 +68,7 @@ class Cell(Frozen):
 
     def comparison_key(self) -> str:
         """The same without K, V and the exact window: cells that may be compared with one another."""
-        return self._digest(exclude=_NAMES | _PAIR)
+        return self._digest(exclude=_NAMES | _PAIR | {"engine"})
 
     def text_key(self) -> str:
         """Without K, V, the exact window, metric and its options: one text through one build of one model."""
@@ -93,6 +101,8 @@ class Cell(Frozen):
 
     def _digest(self, exclude: frozenset[str] | set[str]) -> str:
         data = self.model_dump(mode="json", exclude=set(exclude))
+        if self.engine == "llama-perplexity" or self.metric not in _OF_ENGINE:
+            data.pop("engine", None)
         if self.anchor_sha256:
             data["anchor"] = ""  # a file is known by its content
         for name in _WINDOW:  # a cell without a window has the key that it had before there were any
@@ -105,7 +115,8 @@ class Cell(Frozen):
 # Parts of a cell's identity. A new property of the cache belongs to _CACHE; to _PAIR, where it has a row of
 # its own in a table.
 _NAMES = frozenset({"model", "corpus"})
-_MEASURE = frozenset({"metric", "options"})
+_MEASURE = frozenset({"metric", "options", "engine"})
+_OF_ENGINE = frozenset({"kld", "decode"})  # metrics whose number depends on the engine
 _WINDOW = frozenset({"recent", "first"})
 _PAIR = _WINDOW | {"k", "v"}
 _CACHE = _PAIR | {"anchor", "anchor_sha256"}

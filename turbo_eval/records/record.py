@@ -102,6 +102,33 @@ class Kld(Frozen):
     same_top_pct_err: float | None
 
 
+class ByChunk(Frozen):
+    """Means over the scored tokens of each chunk, in the order of the text: what paired tests are made of.
+
+    `nll` and `base_nll` are negative log-likelihoods, in nats, of this cache and of f16/f16 in the same
+    process, `kld` the KL divergence from it, `same_top` the share of tokens on which both find the same token
+    most probable. `lost` and `won` count tokens, over all chunks, that only f16/f16 or only this cache
+    predicts; `scored` all of them. `sequential`: the number of chunks was decided by looking at the figures
+    (`sweep --until-decided`), so only an interval that allows for that may be read from them.
+    """
+
+    nll: tuple[float, ...]
+    base_nll: tuple[float, ...]
+    kld: tuple[float, ...]
+    same_top: tuple[float, ...]
+    lost: int
+    won: int
+    scored: int
+    sequential: bool = False
+
+
+class TokenFile(Frozen):
+    """The figures of each token, in a file beside the record; `file` is relative to the record's folder."""
+
+    file: str
+    sha256: str
+
+
 class Decode(Frozen):
     """Perplexity through ubatch 1 against the batched one over the same chunks."""
 
@@ -137,7 +164,11 @@ class Needle(Frozen):
 
 
 class Run(Frozen):
-    """How the process went. Times in seconds, `started` in UTC (ISO 8601), memory in MiB."""
+    """How the process went. Times in seconds, `started` in UTC (ISO 8601), memory in MiB.
+
+    Where one process measured several cells, `cells` says how many, and `seconds` and `cpu_seconds` are an
+    equal share of its own.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str]
@@ -149,6 +180,7 @@ class Run(Frozen):
     returncode: int | None
     threads: int
     log: str
+    cells: int = 1
 
 
 class Record(Frozen):
@@ -165,6 +197,8 @@ class Record(Frozen):
     ppl: float | None = None
     ppl_err: float | None = None
     running_ppl: tuple[float, ...] = ()
+    by_chunk: ByChunk | None = None
+    tokens: TokenFile | None = None
     kld: Kld | None = None
     decode: Decode | None = None
     greedy: Greedy | None = None
@@ -211,6 +245,7 @@ class Record(Frozen):
             "ctx": cell.ctx,
             "chunks": cell.chunks,
             "ubatch": cell.ubatch,
+            "engine": cell.engine,
             "anchor": cell.anchor,
             "recent": cell.recent,
             "first": cell.first,
@@ -242,8 +277,9 @@ class Record(Frozen):
     def to_json(self) -> str:
         """The file's content. NaN cannot occur: failed cells hold no numbers."""
         data = self.model_dump(mode="json")
-        if not self.figures:
-            del data["figures"]
+        for name in ("figures", "by_chunk", "tokens"):
+            if not data[name]:
+                del data[name]
         if not self.provenance.types:
             del data["provenance"]["types"]
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

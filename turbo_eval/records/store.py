@@ -36,6 +36,10 @@ class Store:
         """Where a cell's raw log goes."""
         return self.dir / "logs" / f"{cell.key()}.log"
 
+    def tokens_path(self, cell: Cell) -> Path:
+        """Where the figures of each token of a cell go."""
+        return self.dir / "tokens" / f"{cell.key()}.npz"
+
     def load(self, cell: Cell) -> Record | None:
         """The record of exactly this cell on this machine; None if there is none that can be read."""
         for path in self._places(cell):

@@ -18,7 +18,7 @@ from turbo_eval.llama.tool import capabilities, check_types
 from turbo_eval.metrics import METRICS, wanted_metrics
 from turbo_eval.metrics import metric as metric_of
 from turbo_eval.metrics.base import Extent, Job, Metric
-from turbo_eval.records.cell import Cell
+from turbo_eval.records.cell import Cell, Engine
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT
 from turbo_eval.sweep.spec import SweepSpec
@@ -57,6 +57,7 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
     env = relevant_environment()
     kv_anchor = capabilities(build).kv_anchor
     check_window(spec.recent, spec.first, build)
+    _check_engine(spec, build)
     jobs: list[Job] = []
     notes: list[str] = []
     for name in spec.models:
@@ -68,7 +69,8 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
             if adds_reference(spec, anchors):
                 cell = _cell(spec, METRICS["ppl"], model, corpus, *EXACT, ctx, "off", OFF, build, env)
                 flag = "off" if kv_anchor else None
-                jobs.append(Job(cell, model, corpus, flag, writes_base="kld" in spec.metrics))
+                writes_base = "kld" in spec.metrics and cell.engine == "llama-perplexity"
+                jobs.append(Job(cell, model, corpus, flag, writes_base=writes_base))
             for metric in wanted_metrics(spec.metrics):
                 for anchor in anchors:
                     for k, v, window in windowed_pairs(spec, metric, build):
@@ -231,8 +233,26 @@ def _cell(
         backend=spec.backend,
         tree=build.tree,
         env=env,
+        engine=_engine(spec, metric, anchor, build),
         **metric.lay_out(extent),
     )
+
+
+def _engine(spec: SweepSpec, metric: Metric, anchor: str, build: Build) -> Engine:
+    """Who measures a cell: llama-perplexity what llama-kv-eval cannot."""
+    able = capabilities(build).kv_eval and metric.per_token and "," not in anchor  # a comma ends it there
+    if not spec.reference and "kld" not in spec.metrics:  # then f16/f16 would be measured for nothing
+        return "llama-perplexity"
+    return "kv-eval" if spec.engine == "kv-eval" and able else "llama-perplexity"
+
+
+def _check_engine(spec: SweepSpec, build: Build) -> None:
+    """Refuse an engine that was asked for by name and is not in the build."""
+    if spec.engine == "kv-eval" and "engine" in spec.model_fields_set and not capabilities(build).kv_eval:
+        raise UsageError(
+            f"the build in {build.bin_dir} has no llama-kv-eval",
+            'build it (make build-cpu), or use engine = "llama-perplexity" (--engine llama-perplexity)',
+        )
 
 
 def estimate_seconds(job: Job, known: Iterable[Record], threads: int) -> float:

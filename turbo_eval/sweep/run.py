@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -13,6 +15,7 @@ from turbo_eval.metrics.base import Bench, Job, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
+from turbo_eval.sweep.one_pass import measure_together, together
 from turbo_eval.sweep.plan import Plan
 
 
@@ -45,51 +48,97 @@ class InterruptedSweepError(TurboEvalError):
 
 
 def run_sweep(
-    plan: Plan, provenance: Provenance, store: Store, reporter: Reporter, *, fresh: bool = False
+    plan: Plan,
+    provenance: Provenance,
+    store: Store,
+    reporter: Reporter,
+    *,
+    fresh: bool = False,
+    sequential: bool = False,
 ) -> SweepResult:
     """Run every cell that has no record (all of them if `fresh`).
 
     A failed cell is recorded and does not stop the rest; on the next run it is tried again. A cell
     that another sweep on the same folder is running is put last and then waited for.
 
+    Args:
+        sequential: the number of chunks was decided by looking at figures; the records say so.
+
     Raises:
         InterruptedSweepError: Ctrl-C.
         EnvironmentProblem: disk full, tool missing: nothing further could succeed.
     """
     bench = Bench(plan.build, provenance, store, plan.threads, plan.spec.timeout)
-    result = SweepResult()
-    done: dict[int, Record] = {}
-    queue = deque(enumerate(plan.jobs))
-    deferred: set[int] = set()
+    sweep = _Sweep(plan.jobs, bench, reporter, fresh, sequential)
     try:
-        while queue:
-            number, job = queue.popleft()
-            waited = number in deferred
-            if waited:
-                reporter.waiting(number, job)
-            with store.lock(job.cell, wait=waited) as held:
-                if not held:
-                    deferred.add(number)
-                    queue.append((number, job))
-                    continue
-                known = None if fresh and not waited else store.load(job.cell)
-                if known is not None and known.ok:
-                    result.reused += 1
-                    done[number] = known
-                    reporter.end(number, known, reused=True)
-                    continue
-                reporter.begin(number, job)
-                record = _measure(job, bench, partial(reporter.progress, number))
-                store.write(record)
-                done[number] = record
-                reporter.end(number, record, reused=False)
+        sweep.run()
     except KeyboardInterrupt:
         raise InterruptedSweepError(
-            f"interrupted; {len(done)} of {len(plan.jobs)} cells are on record",
+            f"interrupted; {len(sweep.done)} of {len(plan.jobs)} cells are on record",
             "run the same command again to go on",
         ) from None
-    result.records = [done[n] for n in sorted(done)]
-    return result
+    return SweepResult([sweep.done[n] for n in sorted(sweep.done)], sweep.reused)
+
+
+class _Sweep:
+    """Goes through the plan; `done` holds records by number."""
+
+    def __init__(
+        self, jobs: Sequence[Job], bench: Bench, reporter: Reporter, fresh: bool, sequential: bool
+    ) -> None:
+        self.jobs, self.bench, self.reporter = jobs, bench, reporter
+        self.fresh, self.sequential = fresh, sequential
+        self.done: dict[int, Record] = {}
+        self.reused = 0
+
+    def run(self) -> None:
+        queue = deque(together(self.jobs))
+        deferred: set[int] = set()
+        while queue:
+            numbers = queue.popleft()
+            waited = numbers[0] in deferred
+            if waited:
+                self.reporter.waiting(numbers[0], self.jobs[numbers[0]])
+            with ExitStack() as locks:
+                missing = []
+                for number in numbers:
+                    if not locks.enter_context(self.bench.store.lock(self.jobs[number].cell, wait=waited)):
+                        deferred.add(number)
+                        queue.append([number])  # alone: nothing is held while another sweep is waited for
+                    elif not self._recall(number, waited):
+                        missing.append(number)
+                self._measure(missing)
+
+    def _recall(self, number: int, waited: bool) -> bool:
+        known = None if self.fresh and not waited else self.bench.store.load(self.jobs[number].cell)
+        if known is None or not known.ok:
+            return False
+        self.reused += 1
+        self.done[number] = known
+        self.reporter.end(number, known, reused=True)
+        return True
+
+    def _measure(self, numbers: Sequence[int]) -> None:
+        if not numbers:
+            return
+        number_of = {id(self.jobs[number]): number for number in numbers}
+        for number in numbers:
+            self.reporter.begin(number, self.jobs[number])
+        jobs = [self.jobs[number] for number in numbers]
+        if jobs[0].cell.engine == "llama-perplexity":
+            self._end(numbers[0], _measure(jobs[0], self.bench, partial(self.reporter.progress, numbers[0])))
+            return
+
+        def on_progress(job: Job, chunk: int, total: int | None, ppl: float | None) -> None:
+            self.reporter.progress(number_of[id(job)], chunk, total, ppl)
+
+        for job, record in measure_together(jobs, self.bench, on_progress, sequential=self.sequential):
+            self._end(number_of[id(job)], record)
+
+    def _end(self, number: int, record: Record) -> None:
+        self.bench.store.write(record)
+        self.done[number] = record
+        self.reporter.end(number, record, reused=False)
 
 
 def _measure(job: Job, bench: Bench, on_progress: OnProgress) -> Record:

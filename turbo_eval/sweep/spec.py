@@ -22,6 +22,7 @@ from turbo_eval.llama.backends import BACKENDS
 from turbo_eval.metrics import METRICS
 from turbo_eval.metrics import bounds as metric_bounds
 from turbo_eval.metrics.base import Metric, Options
+from turbo_eval.records.cell import Engine
 from turbo_eval.util import numbers as n
 from turbo_eval.util.text import meant, read_toml
 
@@ -55,6 +56,8 @@ class _Sweep(_Strict):
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
         recent, first: sizes of the exact window in tokens (docs/explanation/exact-window.md); "auto": 128 and
             4 for pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
+        engine: "kv-eval": one process scores all caches of a comparison side by side and keeps figures of
+            each token; what it cannot do goes to "llama-perplexity", one process a cell.
         threads: CPU threads; None: all cores.
         timeout: seconds a cell may take; None: as long as it goes on saying something.
 
@@ -75,6 +78,7 @@ class _Sweep(_Strict):
     anchor: tuple[str, ...] | None = None
     recent: tuple[n.TokensOrAuto, ...] = Field(default=("auto",), min_length=1)
     first: n.TokensOrAuto = "auto"
+    engine: Engine = "kv-eval"
     threads: n.Threads | None = None
     timeout: n.Seconds | None = None
 
