@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from turbo_eval.formats.cache_types import kv_mib
 from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Machine, Provenance
-from turbo_eval.records.record import Decode, Effective, Kld, Record, Run
+from turbo_eval.records.record import ByChunk, Decode, Effective, Kld, Record, Run
 
 MACHINE = Machine(id="test-2c", cpu="test", features=("avx2",), cores=2, memory_gib=8.0, os="Linux")
 
@@ -69,6 +72,21 @@ def make_kld(mean: float, same_top_pct: float = 99.0) -> Kld:
     )
 
 
+def make_chunks(log_ratio: Sequence[float], *, sequential: bool = False) -> ByChunk:
+    """Figures by chunk of a cache whose ln(PPL / PPL of f16/f16) in each chunk is given."""
+    base = [2.3 + 0.1 * (i % 3) for i in range(len(log_ratio))]
+    return ByChunk(
+        nll=tuple(x + y for x, y in zip(base, log_ratio, strict=True)),
+        base_nll=tuple(base),
+        kld=tuple(abs(x) / 2 for x in log_ratio),
+        same_top=(0.9,) * len(base),
+        lost=3,
+        won=2,
+        scored=255 * len(base),
+        sequential=sequential,
+    )
+
+
 def make_record(
     pair: str = "f16:f16",
     ppl: float | None = 10.0,
@@ -77,9 +95,12 @@ def make_record(
     detail: str = "",
     kld: Kld | None = None,
     decode: Decode | None = None,
+    by_chunk: ByChunk | None = None,
     machine: Machine = MACHINE,
     **cell: Any,
 ) -> Record:
+    if by_chunk is not None:
+        ppl = _running(by_chunk)[-1]
     asked = make_cell(pair, **({"metric": "kld"} if kld else {}), **cell)
     size = kv_mib(asked.k, asked.v, n_layer=30, n_head_kv=3, dim_k=64, dim_v=64, ctx=asked.ctx)
     return Record.model_validate(
@@ -90,7 +111,8 @@ def make_record(
             "detail": detail,
             "ppl": ppl if status == "ok" else None,
             "ppl_err": 0.1 if status == "ok" and ppl else None,
-            "running_ppl": (),
+            "running_ppl": _running(by_chunk) if by_chunk else (),
+            "by_chunk": by_chunk,
             "kld": kld,
             "decode": decode,
             "effective": Effective(k=asked.k, v=asked.v, kv_mib=round(size, 2)),
@@ -109,3 +131,8 @@ def make_record(
             "provenance": provenance(machine, asked.tree),
         }
     )
+
+
+def _running(by_chunk: ByChunk) -> tuple[float, ...]:
+    sums = accumulate(by_chunk.nll)
+    return tuple(math.exp(total / n) for n, total in enumerate(sums, start=1))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from turbo_eval.analysis.statistics import ERROR_RATE
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
 from turbo_eval.metrics import bounds as metric_bounds
 from turbo_eval.records.record import Record
@@ -160,6 +161,12 @@ def _judge(check: Check, spec: GateSpec, row: Summary, result: GateResult) -> No
         return
     broken: list[str] = []
     held: list[str] = []
+    for test, margin in check.tests().items():
+        outcome, sentence = tested(test, margin, row)
+        if outcome is None:
+            result.incomplete.append(f"{label}: {sentence}.")
+            return
+        (held if outcome else broken).append(sentence)
     for bound, limit in check.bounds().items():
         found = _value(bound, row)
         if isinstance(found, str):
@@ -179,6 +186,31 @@ def _judge(check: Check, spec: GateSpec, row: Summary, result: GateResult) -> No
         result.regressions += [f"{label}: {sentence}." for sentence in broken]
     else:
         result.passed.append(f"{label}: {'; '.join(held)}.")
+
+
+def tested(test: str, margin: float, row: Summary) -> tuple[bool | None, str]:
+    """(does a row pass `equivalent_within` or `not_worse_than`, a sentence); None: the text does not tell."""
+    if row.paired is None or row.status != "ok":
+        without = _value("max_delta_pct", row)
+        if isinstance(without, str):
+            return None, without
+        if row.status == "ok" and row.is_reference:
+            return True, f"it is {row.against} itself"
+        return None, f"{test} needs figures of each token, none are on record; run the sweep with --fresh"
+    decision, found = row.paired.decide(margin), row.paired.interval()
+    said = f"ΔPPL {found.value:+.3f} % ({found.low:+.3f} to {found.high:+.3f}) against {row.against}"
+    rate = f"error rate {100 * ERROR_RATE:g} %"
+    if test == "equivalent_within":
+        within, beyond = f"equivalent within {margin:g} %", f"not equivalent within {margin:g} %"
+        good, bad = decision.verdict == "equivalent", decision.verdict in ("worse", "better")
+    else:
+        within, beyond = f"not worse than {margin:g} %", f"worse than {margin:g} %"
+        good, bad = decision.delta.high < margin, decision.verdict == "worse"
+    if good or bad:
+        return good, f"{said} is {within if good else beyond}, {rate}"
+    more = decision.more_chunks
+    tell = f"; about {more} more chunks would tell" if more is not None else ""
+    return None, f"{said}: not decided whether it is {within}{tell}"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from turbo_eval.evidence import paired
 from turbo_eval.records.record import Record
+from turbo_eval.records.reference import is_exact
 
 _MANY = 1000  # degrees of freedom of an error over tokens: as good as normal
 
@@ -116,3 +119,69 @@ def chunks_to_decide(gap: float, error: float, chunks: int) -> int | None:
         return None
     more = math.ceil(chunks * (2 * error / gap) ** 2) - chunks
     return max(1, more) if more <= MOST_CHUNKS else None
+
+
+# What a verdict is about where nobody says otherwise: a change of perplexity by this many percent, and the
+# chance of a wrong verdict.
+MARGIN = 1.0
+ERROR_RATE = 0.05
+
+
+@dataclass(frozen=True)
+class Paired:
+    """ln(PPL / PPL of the reference) of each chunk, on the same tokens; `sequential`: see ByChunk."""
+
+    log_ratio: tuple[float, ...]
+    sequential: bool
+
+    def decide(self, margin_pct: float, alpha: float = ERROR_RATE) -> paired.Decision:
+        """The verdict on this pair alone."""
+        return paired.decide(self.log_ratio, margin_pct, alpha, sequential=self.sequential)
+
+    def interval(self) -> paired.Interval:
+        """ΔPPL in percent with its interval of 95 %."""
+        found = paired.sequence if self.sequential else paired.interval
+        return found(self.log_ratio).percent()
+
+
+def pairing(record: Record, reference: Record) -> Paired | None:
+    """What the paired tests need; None where one of the two has no figures of each token."""
+    own, other = record.by_chunk, reference.by_chunk
+    if own is None:
+        return None
+    base = own.base_nll if is_exact(reference.cell) else other.nll if other is not None else ()
+    if len(base) != len(own.nll):
+        return None
+    sequential = own.sequential or (other is not None and other.sequential)
+    return Paired(tuple(x - y for x, y in zip(own.nll, base, strict=True)), sequential)
+
+
+def table_verdicts(pairs: Sequence[Paired], margin_pct: float) -> list[paired.Decision]:
+    """The verdicts of a whole table: all of them together are right with probability 1 - ERROR_RATE (Holm).
+
+    Each pair makes at most one claim: equivalent, or worse or better, which are tested together. Pairs that
+    were measured until decided have verdicts of their own, each with that error rate.
+    """
+    together = [pair for pair in pairs if not pair.sequential]
+    adjusted = dict(
+        zip(map(id, together), paired.holm([_p_claim(x, margin_pct) for x in together]), strict=True)
+    )
+    found = []
+    for pair in pairs:
+        if pair.sequential:
+            found.append(pair.decide(margin_pct))
+            continue
+        alone, strict = (pair.decide(margin_pct, a) for a in (ERROR_RATE, ERROR_RATE / len(together)))
+        if adjusted[id(pair)] > ERROR_RATE:
+            more = strict.more_chunks if strict.verdict == "undecided" else 1
+            alone = replace(alone, verdict="undecided", more_chunks=more)
+        found.append(alone)
+    return found
+
+
+def _p_claim(pair: Paired, margin_pct: float) -> float:
+    """p-value of what the figures speak for."""
+    if len(pair.log_ratio) < 2:
+        return 1.0
+    equivalent = paired.p_equivalent(pair.log_ratio, margin_pct)
+    return min(equivalent, 1.0, 2 * (1 - equivalent))

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from turbo_eval.analysis.statistics import Delta, delta_ppl
+from turbo_eval.analysis.statistics import (
+    ERROR_RATE,
+    MARGIN,
+    Delta,
+    Paired,
+    delta_ppl,
+    pairing,
+    table_verdicts,
+)
+from turbo_eval.evidence.paired import Decision
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.window import Window
 from turbo_eval.records.record import Record
@@ -19,7 +28,9 @@ class Summary:
     `delta_pct` is against `reference` (see `turbo_eval.records.reference`); None without one: no reference,
     no verdict. `delta_err_pct` is its standard error where both ran the same tokens or chunks. `against` is
     the name of the pair compared with, "" if no comparison was wanted. `compression` is f16 size / this size,
-    `status` "ok" or the first failure among the pair's cells.
+    `status` "ok" or the first failure among the pair's cells. `paired` is what the tests of the difference
+    are made of and `verdict` what they say, all rows of the table taken together; None where there is nothing
+    to compare, or no figures of each token are on record.
     """
 
     machine: str
@@ -41,6 +52,8 @@ class Summary:
     reference: Record | None
     status: str
     detail: str
+    paired: Paired | None = None
+    verdict: Decision | None = None
 
     @property
     def delta_pct(self) -> float | None:
@@ -100,12 +113,14 @@ def summarize(
     against: Pair | None = None,
     *,
     references: References | None = None,
+    margin: float = MARGIN,
 ) -> list[Summary]:
     """Group records by setting, pair and exact window and compare each with its reference.
 
     Args:
         against: the pair to compare with, where somebody named one; None: f16/f16.
         references: where references are looked up; None: among the records themselves.
+        margin: change of perplexity, in percent, that verdicts are about.
     """
     references = references or References.among(records, against)
     settings: dict[tuple[str, ...], dict[_Cache, list[Record]]] = {}
@@ -114,9 +129,17 @@ def summarize(
         settings.setdefault(setting(record), {}).setdefault(cache, []).append(record)
     rows: list[Summary] = []
     for caches in settings.values():
-        for cache, group in sorted(caches.items(), key=lambda item: _rank(item[0], references.pair)):
-            rows.append(_summary(*cache, group, references))
+        ordered = sorted(caches.items(), key=lambda item: _rank(item[0], references.pair))
+        rows += _judged([_summary(*cache, group, references) for cache, group in ordered], margin)
     return rows
+
+
+def _judged(rows: list[Summary], margin: float) -> list[Summary]:
+    """The rows of one table with their verdicts."""
+    compared = [row for row in rows if row.paired is not None and row.status == "ok"]
+    verdicts = table_verdicts([row.paired for row in compared if row.paired is not None], margin)
+    of = {id(row): verdict for row, verdict in zip(compared, verdicts, strict=True)}
+    return [replace(row, verdict=of.get(id(row))) for row in rows]
 
 
 _Cache = tuple[str, str, Window]
@@ -141,12 +164,13 @@ def _ppl(group: Sequence[Record]) -> Record | None:
 def _summary(k: str, v: str, window: Window, group: list[Record], references: References) -> Summary:
     best = _ppl(group)
     reference = references.of(best or group[0])
-    delta = None
+    delta, tested = None, None
     if best is not None and reference is not None:
         exact = references.pair == EXACT
         # compared with itself it is no comparison, whichever of its runs is the preferred one
         own = best if (k, v) == references.pair and serves(best) == exact else reference
         delta = delta_ppl(best, own, _paired_error(group) if exact else None)
+        tested = pairing(best, reference) if own is reference and best.key != reference.key else None
     failed = next((r for r in group if not r.ok), None)
     first = best or group[0]
     text = next((r for r in group if r.cell.metric in ("ppl", "kld")), first)
@@ -170,6 +194,7 @@ def _summary(k: str, v: str, window: Window, group: list[Record], references: Re
         reference=reference,
         status=failed.status if failed else "ok",
         detail=failed.detail if failed else "",
+        paired=tested,
     )
 
 
@@ -182,9 +207,10 @@ def by_setting(rows: Sequence[Summary]) -> list[tuple[tuple[str, ...], list[Summ
 
 
 def _paired_error(group: list[Record]) -> float | None:
-    """Standard error of PPL / PPL(f16) over the same tokens, as a KL run prints it."""
-    kld = next((r.kld for r in group if r.ok and r.kld is not None), None)
-    return kld.ratio_err if kld is not None else None
+    """Standard error of PPL / PPL(f16) over the same tokens, as a KL run prints it; None where figures by
+    chunk say more."""
+    found = next((r for r in group if r.ok and r.kld is not None), None)
+    return found.kld.ratio_err if found and found.kld and found.by_chunk is None else None
 
 
 def environment(row: Summary) -> str:
@@ -206,4 +232,19 @@ def said_of_reference(rows: Sequence[Summary]) -> str:
         return f"no ΔPPL: its reference {name} is not on record"
     anchors = {row.reference.cell.anchor for row in rows if row.reference is not None}
     off = ", anchor off" if name == "f16/f16" else f", anchor {'/'.join(sorted(anchors))}"
-    return f"ΔPPL against {name}{off}"
+    return f"ΔPPL against {name}{off}{_said_of_verdicts(rows)}"
+
+
+def _said_of_verdicts(rows: Sequence[Summary]) -> str:
+    """What the verdicts of a table are about and how far they can be trusted, or why there are none."""
+    compared = [row for row in rows if row.delta is not None and not row.is_reference and row.status == "ok"]
+    judged = [row.verdict for row in compared if row.verdict is not None]
+    if not compared:
+        return ""
+    if not judged:
+        return "; no verdict: no figures of each token are on record (sweep --fresh with llama-kv-eval)"
+    said = f"; verdict on ±{judged[0].margin_pct:g} %, {100 * ERROR_RATE:g} % error rate over the table"
+    if any(verdict.more_chunks is not None for verdict in judged):
+        said += ", (+n): n more chunks would tell"
+    lacking = [row.name for row in compared if row.verdict is None]
+    return said + (f"; none for {', '.join(lacking)}: no figures of each token" if lacking else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ def _columns(row: Summary) -> dict[str, Any]:
         "± PPL": row.ppl_err,
         "ΔPPL %": row.delta_pct,
         "± ΔPPL %": row.delta_err_pct,
+        "verdict": _verdict_text(row),
         "against": row.against if row.delta is not None else None,
         **{column.heading: _value(row, column) for column in METRIC_COLUMNS},
         "status": row.status,
@@ -124,6 +126,7 @@ def format_value(column: str, value: Any) -> str:
     return pattern.format(value) if pattern and isinstance(value, (int, float)) else str(value)
 
 
+_LEFT = ("K", "V", "window", "verdict", "status")
 _COMMON = ("model", "corpus", "ctx", "chunks", "backend", "anchor", "machine", "tree", "env", "threads")
 
 
@@ -182,7 +185,7 @@ def render_rich(rows: Sequence[Summary], width: int = 0) -> Group:
         _, columns, lines = for_people(frame, _DISPENSABLE[:end])
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        left = column in ("K", "V", "window", "status", *_COMMON)
+        left = column in (*_LEFT, *_COMMON)
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*line, style="red" if row.status != "ok" else None)
@@ -194,9 +197,8 @@ def render_markdown(rows: Sequence[Summary]) -> str:
     """The table as GitHub renders it."""
     caption, columns, lines = for_people(to_frame(rows))
     caption += f"; {said_of_reference(rows)}"
-    left = ("K", "V", "window", "status", *_COMMON)
     text = [caption, "", "| " + " | ".join(columns) + " |"]
-    text.append("|" + "|".join(" --- " if c in left else " ---: " for c in columns) + "|")
+    text.append("|" + "|".join(" --- " if c in (*_LEFT, *_COMMON) else " ---: " for c in columns) + "|")
     text += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     notes = [f"- {r.name}: {r.status}: {r.detail}" for r in rows if r.detail]
     return "\n".join([*text, *(["", *notes] if notes else [])]) + "\n"
@@ -212,6 +214,32 @@ def render_json(rows: Sequence[Summary]) -> str:
     return json.dumps(json_rows(rows), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _interval(row: Summary) -> tuple[float | None, float | None]:
+    """Ends of the 95 % interval of ΔPPL in percent; None where they are not known or infinite."""
+    if row.paired is None:
+        return None, None
+    found = row.paired.interval()
+    low, high = (x if math.isfinite(x) else None for x in (found.low, found.high))
+    return low, high
+
+
+def _verdict_text(row: Summary) -> str | None:
+    """ "worse", or "undecided (+12)": 12 more chunks would tell."""
+    if row.verdict is None:
+        return None
+    more = row.verdict.more_chunks
+    return row.verdict.verdict + (f" (+{more})" if more is not None else "")
+
+
+def _verdict(row: Summary | None) -> dict[str, Any]:
+    found = row.verdict if row is not None else None
+    return {
+        "verdict": found.verdict if found else None,
+        "verdict_margin_pct": found.margin_pct if found else None,
+        "verdict_more_chunks": found.more_chunks if found else None,
+    }
+
+
 def json_rows(rows: Sequence[Summary]) -> list[dict[str, Any]]:
     """One mapping a record; `delta_pct` only where the record has a perplexity of the batched run."""
     out = []
@@ -222,6 +250,8 @@ def json_rows(rows: Sequence[Summary]) -> list[dict[str, Any]]:
             compared = row.delta is not None and batched and record.ok
             flat["delta_pct"] = row.delta_pct if compared else None
             flat["delta_err_pct"] = row.delta_err_pct if compared else None
+            flat["delta_low_pct"], flat["delta_high_pct"] = _interval(row) if compared else (None, None)
+            flat |= _verdict(row if compared else None)
             flat["against"] = row.against if compared else None
             flat["reference_key"] = row.reference.key if compared and row.reference else None
             flat["threads"] = record.run.threads

@@ -116,6 +116,15 @@ EngineName = Annotated[
         show_default=False,
     ),
 ]
+Margin = Annotated[
+    float,
+    typer.Option(
+        "--margin",
+        parser=n.option("--margin", n.MARGIN),
+        metavar="PERCENT",
+        help="Change of perplexity that verdicts are about, in percent.",
+    ),
+]
 Retries = Annotated[
     int,
     typer.Option(

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from turbo_eval.analysis import table as tables
 from turbo_eval.analysis.staleness import stale
+from turbo_eval.analysis.statistics import MARGIN
 from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.commands import options as o
 from turbo_eval.errors import IncompleteError
@@ -55,6 +56,7 @@ def table(
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.rich,
     against: o.Against = None,
+    margin: o.Margin = MARGIN,
     matrix: Annotated[Matrix | None, typer.Option(help="Print one figure as K × V.")] = None,
 ) -> None:
     records = read_all(results or [results_dir()])
@@ -62,7 +64,7 @@ def table(
         raise IncompleteError("there are no records", "run `turbo-eval sweep configs/demo.toml` first")
     for sentence in stale(records):
         warn_once(sentence)
-    rows = summarize(records, parse_pair(against) if against else None)
+    rows = summarize(records, parse_pair(against) if against else None, margin=margin)
     if matrix is not None:
         names = {Matrix.ppl: "PPL", Matrix.delta: "ΔPPL %", Matrix.kld: "KLD"}
         print("\n".join(tables.render_matrix(group, names[matrix]) for _, group in by_setting(rows)))

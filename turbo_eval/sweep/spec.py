@@ -151,6 +151,9 @@ class _Check(_Strict):
         anchor: pattern on the anchor asked for.
         recent: the exact window's size in tokens; None: any.
         max_ppl, max_delta_pct: bounds on a number, beside those of the metrics (`Bound.key`).
+        equivalent_within, not_worse_than: margins, in percent of perplexity, of a paired test with an error
+            rate of 5 %: the change lies certainly within ± the margin, or certainly below it. What the text
+            cannot tell is neither passed nor failed: the gate is incomplete, and says how much text would do.
         against: pair that max_delta_pct compares with; None: the sweep's. Older files call it `baseline`.
         must_fail: turns the check round: at least one bound must be broken, by a number.
         status: the status that is expected instead of a number, e.g. "nan".
@@ -164,6 +167,8 @@ class _Check(_Strict):
     against: tuple[str, str] | None = None
     max_ppl: n.Perplexity | None = None
     max_delta_pct: n.Percent | None = None
+    equivalent_within: n.Margin | None = None
+    not_worse_than: n.Margin | None = None
     must_fail: bool = False
     status: str | None = None
 
@@ -181,15 +186,22 @@ class _Check(_Strict):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        if not self.bounds() and self.status is None:
+        if not self.bounds() and not self.tests() and self.status is None:
             raise ValueError("a check needs a bound (max_ppl, max_delta_pct, …) or a status")
-        if self.status is not None and (self.bounds() or self.must_fail):
+        if self.must_fail and self.tests():
+            raise ValueError("must_fail turns bounds round, not equivalent_within and not_worse_than")
+        if self.status is not None and (self.bounds() or self.tests() or self.must_fail):
             raise ValueError("a check expects a status or bounds, not both")
         return self
 
     def bounds(self) -> dict[str, float]:
         """The bounds given, by field name."""
         names = ("max_ppl", "max_delta_pct", *metric_bounds())
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+    def tests(self) -> dict[str, float]:
+        """The margins given, by field name."""
+        names = ("equivalent_within", "not_worse_than")
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
 

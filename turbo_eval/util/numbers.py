@@ -93,6 +93,7 @@ GIB = Kind("GiB, more than 0", above=0, high=1e9)
 PERPLEXITY = Kind("a perplexity, more than 0", above=0)
 PERCENT = Kind("a percentage, e.g. 3", low=-100)
 PERCENT_UP = Kind("a percentage from 0 up", low=0)
+MARGIN = Kind("a percentage above 0", above=0, high=1e6)
 SHARE_PCT = Kind("a percentage from 0 to 100", low=0, high=100)
 FRACTION = Kind("a fraction from 0 to 1", low=0, high=1)
 NATS = Kind("nats, 0 or more", low=0)
@@ -114,6 +115,7 @@ Seconds = Annotated[float, BeforeValidator(SECONDS.check)]
 Perplexity = Annotated[float, BeforeValidator(PERPLEXITY.check)]
 Percent = Annotated[float, BeforeValidator(PERCENT.check)]
 PositivePercent = Annotated[float, BeforeValidator(PERCENT_UP.check)]
+Margin = Annotated[float, BeforeValidator(MARGIN.check)]
 SharePct = Annotated[float, BeforeValidator(SHARE_PCT.check)]
 Fraction = Annotated[float, BeforeValidator(FRACTION.check)]
 WholeTokens = Annotated[int, BeforeValidator(DEPTH.check)]

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbo_eval.analysis.compare.match import Entry, facts
-from turbo_eval.analysis.statistics import chunk_error, delta_pct, normal_p, student_p, unpaired_error
+from turbo_eval.analysis.statistics import (
+    MARGIN,
+    Paired,
+    chunk_error,
+    delta_pct,
+    normal_p,
+    student_p,
+    unpaired_error,
+)
+from turbo_eval.evidence import paired as tests
+from turbo_eval.evidence.paired import Decision
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
 
@@ -26,7 +36,8 @@ class Difference:
     `delta` is b/a − 1 in percent for PPL and speeds, b − a for the rest; `error` its standard error
     (`paired`: from the differences of single chunks; else from the two errors, which overstates it on a
     common text). `p` is the chance of a difference this large from noise alone. `status_a` and `status_b`
-    are "ok" where there are numbers.
+    are "ok" where there are numbers. `verdict` is that of the paired test on a change of perplexity, where
+    both sides have figures of each token.
     """
 
     what: str
@@ -38,6 +49,7 @@ class Difference:
     error: float | None = None
     paired: bool = False
     p: float = 1.0
+    verdict: Decision | None = None
     status_a: str = "ok"
     status_b: str = "ok"
 
@@ -95,12 +107,32 @@ def differences(a: Record, b: Record) -> list[Difference]:
     found = []
     if a.ppl and b.ppl:
         delta, error, paired, p = _ppl_difference(a, b)
-        found.append(made("PPL", a=a.ppl, b=b.ppl, delta=delta, error=error, paired=paired, p=p))
+        values = {"delta": delta, "error": error, "paired": paired, "p": p}
+        found.append(made("PPL", a=a.ppl, b=b.ppl, verdict=_verdict(a, b), **values))
     for what, x, y, x_err, y_err in _others(a, b):
+        if what == "KLD" and (apart := _apart(a, b, "kld")) is not None:
+            p, error = tests.p_difference(apart), tests.interval(apart).error
+            values = {"delta": y - x, "error": error if error == error else None, "paired": True}
+            found.append(made(what, a=x, b=y, p=p if len(apart) > 1 else 1.0, **values))
+            continue
         error = math.hypot(x_err, y_err) if x_err is not None and y_err is not None else None
         p = 1.0 if x == y else normal_p((y - x) / error) if error else 0.0
         found.append(made(what, a=x, b=y, delta=y - x, error=error, p=p))
     return found
+
+
+def _apart(a: Record, b: Record, what: str) -> list[float] | None:
+    """b - a of each chunk; None where one has no figures of each token of the same text."""
+    if a.by_chunk is None or b.by_chunk is None or len(a.by_chunk.nll) != len(b.by_chunk.nll):
+        return None
+    return [y - x for x, y in zip(getattr(a.by_chunk, what), getattr(b.by_chunk, what), strict=True)]
+
+
+def _verdict(a: Record, b: Record) -> Decision | None:
+    log_ratio = _apart(a, b, "nll")
+    if log_ratio is None or a.by_chunk is None or b.by_chunk is None:
+        return None
+    return Paired(tuple(log_ratio), a.by_chunk.sequential or b.by_chunk.sequential).decide(MARGIN)
 
 
 def speed_differences(a: BenchRecord, b: BenchRecord) -> list[Difference]:

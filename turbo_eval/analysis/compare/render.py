@@ -48,7 +48,8 @@ def _line(d: Difference, differs: bool) -> list[str]:
         for value, status in ((d.a, d.status_a), (d.b, d.status_b))
     ]
     failed = d.status_a == d.status_b != "ok"
-    verdict = "differs" if differs else "fails on both" if failed else _agreement(d)
+    small = f", {_agreement(d)}" if d.verdict is not None and d.verdict.verdict == "equivalent" else ""
+    verdict = f"differs{small}" if differs else "fails on both" if failed else _agreement(d)
     own = {"model": d.model, "ctx": d.ctx}
     told = [own.get(name) or _both(d, _AS_RECORDED.get(name, name)) for name in _SHARED]
     return [*told, d.pair, d.what, *sides, _delta(d), _chance(d.p), verdict]
@@ -67,6 +68,9 @@ def _both(d: Difference, name: str) -> str:
 def _agreement(d: Difference) -> str:
     if not d.delta:
         return "same"
+    if d.verdict is not None:
+        within = f" within {d.verdict.margin_pct:g} %" if d.verdict.verdict == "equivalent" else ""
+        return f"{d.verdict}{within}"
     return "unclear: score more chunks" if d.p < 0.05 else "within noise"
 
 
@@ -126,7 +130,7 @@ def render_rich(result: Comparison) -> Group:
     shared, columns, lines = _table(result)
     numbers = table(columns)
     for line in lines:
-        numbers.add_row(*line, style="red" if line[-1] == "differs" else None)
+        numbers.add_row(*line, style="red" if line[-1].startswith("differs") else None)
     head = f"A = {result.a.name}\nB = {result.b.name}, compared with A\n{shared}"
     parts: list[Table | Text] = [Text(head, style="dim"), numbers]
     if result.provenance:
@@ -142,7 +146,9 @@ def render_json(result: Comparison) -> str:
     """For scripts: the differing and agreeing numbers with the keys of their records."""
 
     def row(d: Difference) -> dict[str, object]:
-        flat = {f.name: getattr(d, f.name) for f in fields(d) if f.name not in ("of_a", "of_b")}
+        without = ("of_a", "of_b", "verdict")
+        flat = {f.name: getattr(d, f.name) for f in fields(d) if f.name not in without}
+        flat["verdict"] = str(d.verdict) if d.verdict is not None else None
         keys = {"key_a": d.of_a.key, "key_b": d.of_b.key}
         own = {"model": d.model, "ctx": d.ctx, "k": d.k, "v": d.v}
         own |= {name: _both(d, _AS_RECORDED.get(name, name)) for name in _SHARED if name not in own}
