@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/turbo-eval
 JOBS ?=
+TOOLS ?=
 CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
@@ -37,8 +38,9 @@ $(VENV)/.installed: pyproject.toml
 source: $(VENV)/.installed ## fill llama.cpp/ at the pin (from upstream, else from the package index)
 	@$(RUN) source --quiet
 
-build-%: setup ## build one backend into build/BACKEND/bin
-	@$(RUN) build $* $(if $(JOBS),--jobs $(JOBS)) $(if $(CUDA_ARCHS),--cuda-archs '$(CUDA_ARCHS)')
+build-%: setup ## build one backend into build/BACKEND/bin; TOOLS=minimal leaves out llama-server, llama-cli …
+	@$(RUN) build $* $(if $(JOBS),--jobs $(JOBS)) $(if $(CUDA_ARCHS),--cuda-archs '$(CUDA_ARCHS)') \
+		$(if $(TOOLS),--tools $(TOOLS))
 
 # -- measure ---------------------------------------------------------------------------------------
 

@@ -259,7 +259,7 @@ def restore_build(place: Path, monkeypatch: pytest.MonkeyPatch, *, faulty: bool)
     shutil.rmtree(folder / "bin", ignore_errors=True)
     with monkeypatch.context() as there:
         there.setenv("TURBO_EVAL_ROOT", str(place))
-        order = builds._order("cpu", "", (), None, None)
+        order = builds._order("cpu", "", (), None, None, ["minimal"])
     if faulty:
         with_moved_centroid(ours.bin_dir, folder / "bin")
         for target in order.targets:

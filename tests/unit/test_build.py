@@ -172,3 +172,26 @@ def test_provenance_says_what_and_not_who(toy: Toy) -> None:
     assert Provenance.model_validate_json(known.model_dump_json()) == known
     foreign = Build(**(asdict(made) | {"stamp": ""}))
     assert provenance.collect(foreign).series == ""
+
+
+def test_tools_by_name() -> None:
+    assert "llama-server" not in builds._wanted(["minimal"]).values()
+    assert set(builds._wanted(["minimal", "llama-server"]).values()) == {
+        *builds.MINIMAL.values(),
+        "llama-server",
+    }
+    assert builds._wanted(builds.ALL) == builds.TOOLS
+    with pytest.raises(UsageError, match="no tool 'llama-serve' to build") as caught:
+        builds._wanted(["minimal", "llama-serve"])
+    assert "perhaps you meant 'llama-server'" in caught.value.next_step
+
+
+def test_no_tool_of_other_sources_stays(toy: Toy) -> None:
+    made, _ = build("cpu", targets=TARGETS)
+    server = made.bin_dir / "llama-server"
+    server.write_text("of these sources")
+    assert build("cpu", targets=TARGETS) == (made, False)
+    assert server.is_file()
+    (toy.worktree / "add.c").write_text("int add(int a, int b) { return a * b; }\n")
+    build("cpu", targets=TARGETS)
+    assert not server.exists()

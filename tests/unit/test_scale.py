@@ -388,7 +388,7 @@ def test_a_name_is_no_way_out_of_the_folder(cache: Path, tmp_path: Path) -> None
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> toys.Toy:
     made = toys.make(tmp_path, monkeypatch)
-    monkeypatch.setattr(builds, "TOOLS", {"main.c": "llama-perplexity"})
+    monkeypatch.setattr(builds, "MINIMAL", {"main.c": "llama-perplexity"})
     monkeypatch.setattr(builds, "TESTS", {})
     toys.run(sys.executable, "-m", "turbo_eval", "patches", "apply", cwd=made.root)
     return made

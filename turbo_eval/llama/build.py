@@ -21,10 +21,11 @@ from turbo_eval.util import paths
 from turbo_eval.util.files import atomic_write, file_sha256, lock
 from turbo_eval.util.git import working_tree_hash
 from turbo_eval.util.project import BESIDE_THE_SOURCES
+from turbo_eval.util.text import meant
 
 # Targets by the place of their source: those are built whose source is there. Part of a series (bisect), or
-# somebody's fork, may lack some.
-TOOLS = {
+# somebody's fork, may lack some. The first set measures.
+MINIMAL = {
     "tools/perplexity": "llama-perplexity",
     "tools/llama-bench": "llama-bench",
     "tools/completion": "llama-completion",
@@ -33,6 +34,17 @@ TOOLS = {
     "tools/kv-eval": "llama-kv-eval",
     "tools/kv-probe": "llama-kv-probe",
 }
+# This one runs models for people.
+SERVING = {
+    "tools/server": "llama-server",
+    "tools/cli": "llama-cli",
+    "tools/tokenize": "llama-tokenize",
+    "tools/batched-bench": "llama-batched-bench",
+    "examples/speculative": "llama-speculative",
+    "examples/speculative-simple": "llama-speculative-simple",
+}
+TOOLS = MINIMAL | SERVING
+ALL = ("all",)
 # llama.cpp's own tests, for whoever changes the patches: in a project nobody asks for them.
 TESTS = {
     "tests/test-backend-ops.cpp": "test-backend-ops",
@@ -43,13 +55,13 @@ _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",  # llama-cpp-python loads them
     "GGML_NATIVE": "ON",
-    # nothing that downloads, needs another library, or isn't measured here
+    # nothing that downloads (the server's web page would) or needs another library
     "LLAMA_OPENSSL": "OFF",
-    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_SERVER": "ON",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "ON",
     "LLAMA_BUILD_TESTS": "ON",
 }
 _RECORD = "turbo-eval-build.json"
@@ -68,7 +80,8 @@ class Build:
         dirty: the sources had edits that the series does not hold.
         compiler: e.g. "c++ (Debian 12.2.0-14) 12.2.0".
         flags: CMake options that were set, "KEY=VALUE".
-        stamp: hash of tree + options + compiler; "" for a foreign folder.
+        stamp: hash of tree + options + compiler; "" for a foreign folder. Whatever of our tools lies in
+            `bin_dir` was made of that.
         patched: our series was on the sources, as we put it there.
     """
 
@@ -194,6 +207,7 @@ def build(
     jobs: int | None = None,
     cuda_archs: str = "",
     extra: Sequence[str] = (),
+    tools: Sequence[str] = ALL,
     targets: Sequence[str] | None = None,
     patched: bool | None = None,
     console: Console | None = None,
@@ -207,18 +221,20 @@ def build(
         jobs: compilers at a time; all cores if None.
         cuda_archs: CMake's list, e.g. "86-real;90-real".
         extra: further options "KEY=VALUE", e.g. for sanitizers.
-        targets: all that the sources have of TOOLS and (in a checkout) TESTS, if None.
+        tools: names of TOOLS, "minimal" (what measures), "all"; those are built that the sources have, in a
+            checkout TESTS as well.
+        targets: exactly these instead.
         patched: with our series; None: as the project says.
 
     Raises:
         EnvironmentProblem: source or toolchain missing, or the compiler failed.
-        UsageError: the series doesn't go onto these sources.
+        UsageError: the series doesn't go onto these sources, or no such tool.
     """
     console = console or Console(stderr=True)
     find_backend(backend)
     folder = paths.build_dir(backend)
     with lock(folder / "build"):
-        order = _order(backend, cuda_archs, extra, targets, patched)
+        order = _order(backend, cuda_archs, extra, targets, patched, tools)
         made = order.made
         old = _read_record(folder)
         built = old is not None and old.stamp == made.stamp
@@ -228,6 +244,9 @@ def build(
             return made, False
         # From here until the end no one may take this folder for a finished build.
         (folder / _RECORD).unlink(missing_ok=True)
+        if not built:  # nor a tool of other sources, which this run would leave as it is, for one of these
+            for other in {*TOOLS.values(), *TESTS.values()} - set(order.targets):
+                (made.bin_dir / other).unlink(missing_ok=True)
         log = folder / "build.log"
         cmake.configure(order.sources, folder, order.chosen, made.compiler, log)
         cmake.compile_shown(folder, order.targets, jobs or os.cpu_count() or 2, log, backend, console)
@@ -248,7 +267,17 @@ def stamp(
     """
     find_backend(backend)
     with lock(paths.build_dir(backend) / "build"):
-        return _order(backend, cuda_archs, extra, None, patched).made.stamp
+        return _order(backend, cuda_archs, extra, None, patched, ALL).made.stamp
+
+
+def _wanted(tools: Sequence[str]) -> dict[str, str]:
+    """Place of the source → target, of names of tools, "minimal" and "all"."""
+    by_name = {target: {place: target} for place, target in TOOLS.items()}
+    known = {"all": TOOLS, "minimal": MINIMAL} | by_name
+    for name in tools:
+        if name not in known:
+            raise UsageError(f"no tool {name!r} to build", meant(name, known))
+    return {place: target for name in tools for place, target in known[name].items()}
 
 
 def _order(
@@ -257,7 +286,9 @@ def _order(
     extra: Sequence[str],
     targets: Sequence[str] | None,
     patched: bool | None,
+    tools: Sequence[str],
 ) -> _Order:
+    wanted = _wanted(tools)
     chosen = options(backend, cuda_archs=cuda_archs)
     for item in extra:
         key, equals, value = item.removeprefix("-D").partition("=")
@@ -271,13 +302,13 @@ def _order(
     dirty = _prepare(patched)
     sources = paths.sources_dir(patched=patched)
     if targets is None:
-        wanted = TOOLS if project is not None else TOOLS | TESTS
+        wanted = wanted if project is not None else wanted | TESTS
         targets = [target for place, target in wanted.items() if (sources / place).exists()]
         if "llama-perplexity" not in targets:
             raise UsageError(f"{sources} has no tools/perplexity", "take a llama.cpp of 2025 or newer")
     tree = _tree(sources)
     flags = tuple(f"{key}={value}" for key, value in sorted(chosen.items()))
-    described = json.dumps([tree, flags, compiler, sorted(targets)])
+    described = json.dumps([tree, flags, compiler])
     made = Build(
         backend=backend,
         bin_dir=paths.build_dir(backend) / "bin",

@@ -60,7 +60,7 @@ def matching_build(wanted: Source, bin_dir: Path | None, device: AbstractContext
         )
     try:
         with device:
-            made, _ = builds.build(wanted.backend, patched=bool(wanted.series))
+            made, _ = builds.build(wanted.backend, tools=["minimal"], patched=bool(wanted.series))
     except TurboEvalError as error:
         raise RefusedError(f"it could not build tree {wanted.tree[:12]}: {error.message}") from None
     if made.tree != wanted.tree:
