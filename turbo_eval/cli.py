@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "gate": (None, "Judge the records of this machine and build against a config's checks."),
     "show": (None, "Print a record and the command that reproduces it by hand."),
     "recommend": (None, "Name the cheapest K/V pair for a model that is certainly within a bound."),
+    "serve": (None, "Run llama-server with a cache that was measured, and say what to expect of it."),
     "bench": (None, "Measure prefill and decode speed over depth, interleaved with f16 of the same build."),
     "report": (None, "Write index.html (self-contained), report.md and figures/ (SVG, PNG)."),
     "selftest": (

@@ -22,9 +22,10 @@ from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect
-from turbo_eval.llama.tool import capabilities
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store, warn_once
+from turbo_eval.serving.choose import said_of_bound
+from turbo_eval.serving.line import Cache, server_argv
 from turbo_eval.sweep.plan import beyond_training
 from turbo_eval.util import numbers as n
 from turbo_eval.util.numbers import AUTO
@@ -121,7 +122,7 @@ def recommend(
     if as_json:
         print(json.dumps(_as_json(ranked, file, build, window, bound), indent=1, ensure_ascii=False))
     else:
-        _print(ranked, file, build, window)
+        _print(ranked, file, build, window, model, bound)
     if code:
         raise typer.Exit(code)
 
@@ -191,19 +192,21 @@ def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> s
     """The command that serves the model with this cache."""
 
     row = candidate.row
-    server = build.bin_dir / "llama-server"
-    argv = [str(server) if server.is_file() else "llama-server", "-m", str(file.path), "-c", str(ctx)]
-    argv += ["-fa", "on", "-ctk", row.k, "-ctv", row.v]
-    if capabilities(build).kv_anchor and row.k not in ("f16", "f32", "bf16") and row.anchor != "auto":
-        argv += ["--kv-anchor", row.anchor]
-    if capabilities(build).kv_window and row.window != resolve(AUTO, AUTO, row.k, row.v):
-        argv += ["--kv-recent", str(row.window.recent), "--kv-first", str(row.window.first)]
-    if build.backend != "cpu":
-        argv += ["-ngl", "999"]
-    return shlex.join(argv)
+    cache = Cache(row.k, row.v, anchor=row.anchor, window=row.window)
+    return shlex.join(server_argv(build, file.path, cache, ctx=ctx))
 
 
-def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int) -> None:
+def serve_line(candidate: Candidate, name: str, bound: Bound, ctx: int) -> str:
+    """The same through `turbo-eval serve`."""
+    row = candidate.row
+    own = row.window == resolve(AUTO, AUTO, row.k, row.v) and row.anchor in (AUTO, "")
+    what = ["--pair", f"{row.k}:{row.v}"] if own else said_of_bound(bound)
+    return shlex.join(["turbo-eval", "serve", name, *what, "--ctx", str(ctx)])
+
+
+def _print(
+    ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int, name: str, bound: Bound
+) -> None:
     print(f"{file.name}, build {build.tree[:12]}, KV cache at {ctx} tokens:")
     good = best(ranked)
     labels = {id(c): name for name, c in zip(("recommended", "runner-up"), good, strict=False)}
@@ -222,6 +225,7 @@ def _print(ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int)
         print(f"{'note':12} {sentence}")
     if good:
         print(f"{'run':12} {run_line(good[0], file, build, ctx)}")
+        print(f"{'or':12} {serve_line(good[0], name, bound, ctx)}")
     elif _exit_code(ranked) == 3:
         print("turbo-eval: no pair is certainly within the bound: measure more chunks", file=sys.stderr)
     else:

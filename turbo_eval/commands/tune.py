@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
 from turbo_eval.inputs.models import resolve_model
+from turbo_eval.serving.line import Cache, server_argv
 from turbo_eval.tune import run
 
 
@@ -83,4 +85,10 @@ def tune(
     console.print(
         f"predicted {done.predicted:.5f}, held out {done.held_out.mean:.5f} ± {done.held_out.error:.5f}"
     )
-    console.print(f"llama-server -m {found.path} -fa on --kv-profile {done.path}", soft_wrap=True)
+    line = server_argv(build, found.path, Cache(profile=done.path))
+    console.print(shlex.join(line), soft_wrap=True, highlight=False)
+    console.print(
+        shlex.join(["turbo-eval", "serve", model, "--profile", str(done.path)]),
+        soft_wrap=True,
+        highlight=False,
+    )

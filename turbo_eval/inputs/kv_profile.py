@@ -6,6 +6,7 @@ where all that comes from. llama.cpp checks every value (src/llama-kv-profile.cp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,48 @@ def model_shape(path: Path) -> ModelShape:
         sum(int(t.n_elements) for t in reader.tensors),
         fnv1a(norm.data.tobytes()) if norm is not None else 0,
         int(said[f"{arch}.block_count"]),
+    )
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a profile says of itself: `held_out` is its measured mean KL divergence in nats, None if it isn't
+    there; the text it was measured on, "" and 0 likewise."""
+
+    held_out: float | None
+    bits: float | None
+    corpus: str
+    ctx: int
+    chunks: int
+
+
+def read_promise(path: Path) -> Promise:
+    """Read it from the file.
+
+    Raises:
+        UsageError: missing, or no profile.
+    """
+    try:
+        said = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UsageError(f"{path} is no KV profile: {error}", "`turbo-eval tune` makes one") from None
+    if "kv_profile.type_k" not in said:
+        raise UsageError(f"{path} is no KV profile: it has no types", "`turbo-eval tune` makes one")
+
+    def number(key: str) -> float | None:
+        value = said.get(f"kv_profile.{key}")
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    def count(key: str) -> int:
+        text = str(said.get(f"kv_profile.{key}", ""))
+        return int(text) if text.isdecimal() else 0
+
+    return Promise(
+        number("kld.held_out"),
+        number("bits_per_value"),
+        str(said.get("kv_profile.corpus.name", "")),
+        count("context_length"),
+        count("chunks"),
     )
 
 
