@@ -52,7 +52,8 @@ demo: ## everything from a fresh clone to a table of perplexities, and how long 
 	stage 'build (CPU)' $(MAKE) build-cpu; \
 	stage 'model and corpus' bash -c '$(RUN) models get $(DEMO_MODEL) && $(RUN) corpora get $(DEMO_CORPUS)'; \
 	stage 'sweep' $(RUN) sweep configs/demo.toml; \
-	echo; printf '%s\n' "$${stages[@]}"; printf '%-32s %4d s\n' total $$((SECONDS - total))
+	echo; printf '%s\n' "$${stages[@]}"; printf '%-32s %4d s\n' total $$((SECONDS - total)); \
+	echo "next: $(RUN) serve $(DEMO_MODEL) --max-kld 0.05"
 
 # -- judge -----------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ def test_what_llama_cpp_says_is_read_back() -> None:
     ran = parse_effective(LOG)
     assert (ran.recent, ran.first, ran.window_type, ran.window_mib) == (128, 4, "q8_0", 1.68)
     assert (ran.kv_mib, ran.window_bits) == (3.97, 5.64)
+    mixed = parse_effective(LOG.replace("K (turbo3)", "K (turbo3+q8_0)"))  # a layer of the anchor's
+    assert (mixed.k, mixed.k_mib) == ("turbo3", 1.14)
     off = parse_effective("llama_kv_cache: exact window: off (not wanted)\n")
     assert (off.recent, off.first, off.window_mib) == (0, 0, None)
     assert parse_effective("").recent is None

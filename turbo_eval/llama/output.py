@@ -17,7 +17,8 @@ _NUM = r"(-?(?:nan|inf|\d+(?:\.\d+)?(?:e[+-]?\d+)?))"
 # llama_kv_cache: size = 4.57 MiB (512 cells, 30 layers, 1/1 seqs), K (q8_0): 2.99 MiB, V (q4_0): 1.58 MiB
 _KV_SIZE = re.compile(
     r"size\s*=\s*([\d.]+) MiB \(\s*(\d+) cells,\s*(\d+) layers.*?\), "
-    r"K \((\w+)\):\s*([\d.]+) MiB, V \((\w+)\):\s*([\d.]+) MiB"
+    # "turbo3+q8_0": the anchor took another type for some layers; `k_bits` is their mean
+    r"K \((\w+)(?:\+\w+)*\):\s*([\d.]+) MiB, V \((\w+)\):\s*([\d.]+) MiB"
 )
 _KV_BUFFER = re.compile(r"^\S*kv_cache\S*:\s+(\S+) KV buffer size\s*=", re.M)
 _ROT = re.compile(r"attn_rot_([kv])\s*=\s*(\d)")

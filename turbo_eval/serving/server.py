@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,8 +36,20 @@ def option(argv: Sequence[str], *names: str, variable: str = "", default: str = 
     return value
 
 
+def _answers(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=2):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
 class Server:
-    """Starts when made; `wait` for its end in the main thread, where signals arrive."""
+    """Starts when made; `wait` for its end in the main thread, where signals arrive.
+
+    Raises:
+        EnvironmentProblem: it can't be started, or its port is taken.
+    """
 
     def __init__(self, argv: Sequence[str]) -> None:
         host = option(argv, "--host", variable="LLAMA_ARG_HOST", default="127.0.0.1")
@@ -44,6 +57,8 @@ class Server:
         key = option(argv, "--api-key", variable="LLAMA_API_KEY").split(",")[0]
         if host in ("0.0.0.0", "::"):
             host = "127.0.0.1"
+        if _answers(host, port):  # else its /health would be taken for ours
+            raise EnvironmentProblem(f"something listens on port {port} of {host}", "take another --port")
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._tail: deque[str] = deque(maxlen=_TAIL)
