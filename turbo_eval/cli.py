@@ -49,6 +49,10 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
         "Codebooks of our types, their MSE on unit Gaussians and the limits they stand against.",
     ),
     "results": (None, "List, prune, export and submit what is on record."),
+    "inspect": (
+        None,
+        "What cache types, K anchor and exact window would do with a model, without running it.",
+    ),
     "anchor": (None, "What the K anchor is about and what it does."),
     "init": (
         _PREPARE,

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from turbo_eval.anchor.facts import NEIGHBOURS
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.gguf_info import read_gguf_info, read_numbers, read_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Architectures whose RoPE pairs are neighbours (2f, 2f+1); the others pair f with f + n_rot/2.
-# llama.cpp: llama_model_rope_type().
-_NEIGHBOURS = frozenset({"llama", "llama4", "mistral3", "deci", "baichuan", "internlm2", "minicpm", "arcee"})
 
 Array = NDArray[np.float64]
 
@@ -50,8 +47,7 @@ class KBias:
         The anchor is llama.cpp's: the mean over positions, averaged over the lengths ctx, ctx/2, …
         down to 256, since a context is not always full. 1 for a layer whose bias is zero.
         """
-        taken = 2 * (np.conj(mean_phase(self.theta, ctx)) * anchor_phase(self.theta, ctx)).real
-        taken = taken - np.abs(anchor_phase(self.theta, ctx)) ** 2
+        taken = taken_share(self.theta, ctx)
         energy = (self.pairs**2).sum(axis=1)
         total = energy.sum(axis=1)
         share: Array = np.divide(
@@ -78,6 +74,13 @@ def anchor_phase(theta: Array, ctx: int) -> NDArray[np.complex128]:
     return phases
 
 
+def taken_share(theta: Array, ctx: int) -> Array:
+    """[pair], the share of a constant's energy that the anchor takes out at `ctx` tokens."""
+    anchor = anchor_phase(theta, ctx)
+    share: Array = 2 * (np.conj(mean_phase(theta, ctx)) * anchor).real - np.abs(anchor) ** 2
+    return share
+
+
 def read_kbias(path: Path) -> KBias:
     """Read the biases of every layer.
 
@@ -99,7 +102,7 @@ def read_kbias(path: Path) -> KBias:
         rotated = heads[:, : 2 * len(theta)]
         halves = (
             (rotated[:, 0::2], rotated[:, 1::2])
-            if info.arch in _NEIGHBOURS
+            if info.arch in NEIGHBOURS
             else (rotated[:, : len(theta)], rotated[:, len(theta) :])
         )
         layers.append(np.hypot(*halves))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,7 @@ def bias(
     ] = 512,
     out: Out = None,
 ) -> None:
+    print("turbo-eval: `turbo-eval inspect MODEL` shows the bias and what else decides.", file=sys.stderr)
     biases = [kbias.read_kbias(resolve_model(name).path) for name in model]
     for found in biases:
         print(f"{found.name}\n\n{kbias.table(found)}\n")

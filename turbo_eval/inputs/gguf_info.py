@@ -30,6 +30,8 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "d",
 }
 _ALIGNMENT = 32
+_DIMENSIONS = 4  # ggml.h: GGML_MAX_DIMS
+_NESTED = 4  # arrays of arrays; nobody writes them
 
 
 class GgufInfo(BaseModel):
@@ -57,8 +59,14 @@ class _Array(list[object]):
     length: int = 0
 
 
-class _Header:
-    """Reads one header, front to back. struct.error means that the file ends too early."""
+class Header:
+    """One header, read front to back. struct.error means that the file ends too early.
+
+    Attributes:
+        fields: metadata by key; of an array of strings only the count is kept.
+        tensors: (ggml type id, shape with the shortest stride first, offset from data_start) by name.
+        data_start: where the tensors' data begin, in bytes.
+    """
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size = stream, size
@@ -73,17 +81,24 @@ class _Header:
         self.tensor_count = tensors
         self.data_end = 0
         alignment = self.fields.get("general.alignment", _ALIGNMENT)
-        assert isinstance(alignment, int)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ValueError(f"general.alignment is {alignment}")
         self.tensors: dict[str, tuple[int, list[int], int]] = {}  # name: ggml type, shape, offset
         for _ in range(tensors):
             name = self._string()
-            dims = [self._one("Q") for _ in range(self._one("I"))]
+            dims = [self._one("Q") for _ in range(self._dimensions(name))]
             kind, offset = self._one("I"), self._one("Q")
             self.tensors[name] = kind, dims, offset
             self.data_end = max(self.data_end, offset + _tensor_bytes(kind, dims))
         self.data_start = -(-stream.tell() // alignment) * alignment
         if tensors:
             self.data_end += self.data_start
+
+    def _dimensions(self, name: str) -> int:
+        count = self._one("I")
+        if count > _DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {count} dimensions")
+        return count
 
     def _one(self, code: str) -> int:
         return int(self._scalar(code))
@@ -104,7 +119,7 @@ class _Header:
             raise struct.error
         return self._stream.read(length).decode("utf-8", "replace")
 
-    def _value(self, kind: GGUFValueType) -> object:
+    def _value(self, kind: GGUFValueType, depth: int = 0) -> object:
         if kind == GGUFValueType.STRING:
             return self._string()
         if kind != GGUFValueType.ARRAY:
@@ -116,7 +131,9 @@ class _Header:
             for _ in range(length):
                 self._skip(self._one("Q"))
         elif inner == GGUFValueType.ARRAY:
-            array.extend(self._value(inner) for _ in range(length))
+            if depth == _NESTED:
+                raise ValueError("arrays of arrays of arrays")
+            array.extend(self._value(inner, depth + 1) for _ in range(length))
         elif length <= 4096:
             array.extend(self._scalar(_SCALARS[inner]) for _ in range(length))
         else:
@@ -136,11 +153,11 @@ def _tensor_bytes(kind: int, dims: list[int]) -> int:
     return count // block * width
 
 
-def read_gguf_info(path: Path) -> GgufInfo:
+def read_header(path: Path) -> Header:
     """Read the header of `path` and check that the data it announces is there.
 
     Raises:
-        UsageError: missing, not GGUF, truncated, or without the keys of a language model.
+        UsageError: missing, not GGUF, or truncated.
     """
     try:
         size = path.stat().st_size
@@ -150,7 +167,7 @@ def read_gguf_info(path: Path) -> GgufInfo:
                 raise UsageError(
                     f"{path} is not a GGUF file: it starts with {magic!r}", "name a model in GGUF format"
                 )
-            header = _Header(stream, size)
+            header = Header(stream, size)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"there is no model file {path}", "check the path") from error
     except PermissionError as error:
@@ -165,7 +182,16 @@ def read_gguf_info(path: Path) -> GgufInfo:
         ) from error
     if size < header.data_end:
         raise UsageError(f"{path} is truncated: {size} bytes of {header.data_end}", "download it again")
-    return _describe(path, header)
+    return header
+
+
+def read_gguf_info(path: Path) -> GgufInfo:
+    """Describe the model in `path`.
+
+    Raises:
+        UsageError: missing, not GGUF, truncated, or without the keys of a language model.
+    """
+    return describe(path, read_header(path))
 
 
 def read_vectors(path: Path, suffix: str) -> dict[str, list[float]]:
@@ -174,10 +200,8 @@ def read_vectors(path: Path, suffix: str) -> dict[str, list[float]]:
     Raises:
         UsageError: missing, not GGUF, truncated.
     """
-    read_gguf_info(path)  # all that can be wrong with the file
+    header = read_header(path)
     with path.open("rb") as stream:
-        stream.read(4)
-        header = _Header(stream, path.stat().st_size)
         found = {}
         for name, (kind, dims, offset) in header.tensors.items():
             if name.endswith(suffix) and kind == GGMLQuantizationType.F32:
@@ -193,14 +217,16 @@ def read_numbers(path: Path) -> dict[str, float]:
     Raises:
         UsageError: missing, not GGUF, truncated.
     """
-    read_gguf_info(path)
-    with path.open("rb") as stream:
-        stream.read(4)
-        header = _Header(stream, path.stat().st_size)
+    header = read_header(path)
     return {key: float(value) for key, value in header.fields.items() if isinstance(value, int | float)}
 
 
-def _describe(path: Path, header: _Header) -> GgufInfo:
+def describe(path: Path, header: Header) -> GgufInfo:
+    """The shape of the model that `header` of `path` is about.
+
+    Raises:
+        UsageError: it lacks the keys of a language model.
+    """
     fields = header.fields
     arch = str(fields.get("general.architecture", ""))
 

@@ -50,6 +50,7 @@ TESTS = {
     "tests/test-backend-ops.cpp": "test-backend-ops",
     "tests/test-quantize-fns.cpp": "test-quantize-fns",
     "tests/test-kv-window.cpp": "test-kv-window",
+    "tests/test-llama-archs.cpp": "test-llama-archs",
 }
 _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
