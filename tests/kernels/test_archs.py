@@ -19,8 +19,21 @@ from turbo_eval.util import paths
 pytestmark = pytest.mark.build
 
 NAMED = (
-    "llama qwen2 qwen3 qwen3moe qwen3next gemma3 gemma4 gpt-oss deepseek2 falcon-h1 phi3 olmo2 glm4 command-r"
-).split()
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "qwen3next",
+    "gemma3",
+    "gemma4",
+    "gpt-oss",
+    "deepseek2",
+    "falcon-h1",
+    "phi3",
+    "olmo2",
+    "glm4",
+    "command-r",
+)
 # with a bias of K that a quantizer cannot take
 BIASED = ("llama", "qwen2", "phi3", "glm4")
 # layers that keep keys and values, of two; Falcon-H1's are both attention and recurrent
