@@ -120,7 +120,6 @@ def load(name: str) -> Any:
 app = typer.Typer(
     name="turbo-eval",
     cls=_Commands,
-    no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -161,13 +160,26 @@ def _made_for() -> str:
     return f"llama.cpp {source.shipped_pin()[:12]}, {len(series)} patches {digest[:12]}"
 
 
-@app.callback()
+def _greet() -> None:
+    from turbo_eval.setup.greet import greeting  # noqa: PLC0415 --help does without
+
+    state, steps = greeting()
+    width = max(len(step.command) for step in steps)
+    print(f"{state} Next:\n")
+    for step in steps:
+        print(f"  {step.command:{width}}  {step.gives}")
+    print("\nAll commands: turbo-eval --help")
+
+
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        _greet()
 
 
 def main() -> None:

@@ -24,5 +24,14 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Search and sections have names."""
-    output = output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
-    return _SECTION.sub(lambda found: f'aria-label="{found["title"]}"{found["rest"]}', output)
+    return _named(output)
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    """The same on the page for what is not there."""
+    return _named(output) if template_name.endswith(".html") else output
+
+
+def _named(html: str) -> str:
+    html = html.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
+    return _SECTION.sub(lambda found: f'aria-label="{found["title"]}"{found["rest"]}', html)

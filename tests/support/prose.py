@@ -62,15 +62,18 @@ def terms(glossary: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Command lines of a page: of its code blocks, continued lines joined, `&&` parted, output left out."""
-    found = []
+    """Commands of a page: of its code blocks, continued lines joined, `&&` parted, output left out; and those
+    in a line of text that begin with the program's name or make."""
+    plain = _FENCE.sub("\n", text)
+    inline = re.findall(r"`((?:turbo-eval|make|apt-get)(?: [^`]*)?)`", plain)
+    found = [" ".join(shlex.split(command)) for command in inline]
     for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split(" && "):
                 words = shlex.split(part, comments=True) if _begins(part) else []
                 if words:
-                    found.append(" ".join(words) if words[0] != "curl" else part.strip())
-    return found
+                    found.append(" ".join(part.split()) if words[0] == "curl" else " ".join(words))
+    return list(dict.fromkeys(found))
 
 
 def _begins(line: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pkgutil
@@ -10,12 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.support import toy as toys
+from tests.support.records import make_kld, make_record
 from turbo_eval import commands
+from turbo_eval.analysis.picture.points import front
+from turbo_eval.analysis.picture.terminal import bars
+from turbo_eval.analysis.summary import summarize
 from turbo_eval.cli import COMMANDS, load
 from turbo_eval.errors import EnvironmentProblem, TurboEvalError, UsageError
 from turbo_eval.llama.build import find_build
+from turbo_eval.records.store import Store
 from turbo_eval.util import paths
 
 
@@ -127,3 +134,65 @@ def test_doctor_finds_the_bindings_on_our_library() -> None:
 def test_sentences_end_once() -> None:
     assert UsageError("a is wrong.", "do b.").sentence() == "a is wrong; do b."
     assert TurboEvalError("a is wrong").sentence() == "a is wrong."
+
+
+# -- turbo-eval, and nothing else ----------------------------------------------------------------------
+
+
+def greeted(monkeypatch: pytest.MonkeyPatch, folder: Path, **env: str) -> tuple[str, list[str]]:
+    """The sentence and the commands that a newcomer in `folder` sees."""
+    for name in ("TURBO_EVAL_ROOT", "TURBO_EVAL_RESULTS"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "turbo_eval"],
+        cwd=folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    return first, [line.strip().split("  ")[0] for line in lines if line.startswith("  ")]
+
+
+def test_a_newcomer_sees_three_commands_for_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = tmp_path / "demo"
+    init = [sys.executable, "-m", "turbo_eval", "init", str(demo)]
+    subprocess.run(init, check=True, capture_output=True, timeout=60)
+    state, commands = greeted(monkeypatch, demo)
+    assert state.startswith("Nothing is built") and commands[1] == "turbo-eval build cpu"
+    tool = demo / "turbo-eval" / "build" / "cpu" / "bin" / "llama-perplexity"
+    tool.parent.mkdir(parents=True)
+    tool.touch()
+    state, commands = greeted(monkeypatch, demo)
+    assert "nothing is measured" in state and commands[0] == "turbo-eval sweep turbo-eval/gates.toml"
+    record = make_record("q8_0:turbo3", model="smollm2-135m")
+    Store(demo / "turbo-eval" / "results", record.machine).write(record)
+    state, commands = greeted(monkeypatch, demo)
+    assert "smollm2-135m" in state and commands[1].startswith("turbo-eval recommend smollm2-135m")
+    assert len(commands) == 3
+
+
+def test_the_end_of_a_sweep_on_a_terminal_is_the_front() -> None:
+    rows = summarize(
+        [
+            make_record(ppl=10.0, kld=make_kld(1e-6, 100.0)),
+            make_record("q8_0:q8_0", 10.02, kld=make_kld(0.004)),
+            make_record("q4_0:q4_0", 10.4, kld=make_kld(0.04)),
+            make_record("q5_1:q5_1", 10.4, kld=make_kld(0.05)),
+            make_record("turbo3:turbo3", 3556.0, kld=make_kld(2.5)),
+        ]
+    )
+    found = front(rows)
+    assert found is not None
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(bars(found))
+    text = console.export_text()
+    names = ("q8_0/q8_0", "q4_0/q4_0", "q5_1")
+    lines = {name: line for line in text.splitlines() for name in names if name in line}
+    assert lines["q8_0/q8_0"].startswith("●") and not lines["q5_1"].startswith("●")
+    assert lines["q5_1"].count("█") > lines["q4_0/q4_0"].count("█") > lines["q8_0/q8_0"].count("█") > 0
+    assert "0.0400" in lines["q4_0/q4_0"] and "more than doubled: turbo3/turbo3" in text

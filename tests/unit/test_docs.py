@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 
+import pytest
+
+from tests.integration import test_tutorial as tutorial
+from tests.support import prose
+from turbo_eval.analysis.picture.points import front
+from turbo_eval.analysis.report import worth_showing
+from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.cli import COMMANDS, load
 from turbo_eval.records.record import STATUSES
+from turbo_eval.records.store import read_all
 from turbo_eval.util.paths import repo_root
 
 ROOT = repo_root()
@@ -55,3 +65,75 @@ def test_metrics_point_to_sections_that_exist() -> None:
         path, _, anchor = metric.docs.partition("#")
         headings = re.findall(r"^## (.+)$", (ROOT / path).read_text(), re.MULTILINE)
         assert anchor in [heading.lower().replace(" ", "-") for heading in headings], metric.name
+
+
+# -- README and Start ------------------------------------------------------------------------------
+
+EASY = ("README.md", "docs/start/index.md")
+GLOSSARY = prose.terms((REFERENCE / "glossary.md").read_text())
+# Commands of these pages that test_tutorial.py doesn't run, and what does, or why nothing.
+NOT_RUN = {
+    "git clone <this repository> turbo-eval": "the address is the reader's; a test runs in a clone",
+    "cd turbo-eval": "a test runs in the clone",
+    "source .venv/bin/activate": "of the reader's shell",
+    "apt-get install git make g++ python3 python3-venv": ".ci/run installs these on a fresh Debian",
+    "make docs": "make check builds the documentation",
+    "make build-cuda": "needs the CUDA toolkit; tests/kernels/test_cuda_compile.py compiles its sources",
+    "make build-metal": "needs a Mac; .github/workflows/metal.yml runs it",
+    "turbo-eval bench --model FILE": "tests/integration/test_bench.py, on files of its own",
+    "turbo-eval gate configs/gates.toml": "tests/integration/test_gate_real.py, after its sweep",
+    "turbo-eval selftest": "tests/integration/test_selftest.py",
+    "turbo-eval tune": "tests/integration/test_tune.py, on files of its own",
+    "turbo-eval": "test_cli.py, in every state of a machine",
+    "make build-cpu": "the build of every test",
+    "turbo-eval report": "test_tutorial.py, of records of its own",
+}
+
+
+@pytest.mark.parametrize("page", EASY)
+def test_it_reads_easily(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert prose.hard(text) == []
+    assert prose.unexplained(text, GLOSSARY) == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_measures_of_prose_measure() -> None:
+    long = "word " * 36 + "end. Short one."
+    assert [line.split(":")[0] for line in prose.hard(long)] == ["37 words"]
+    assert [line.split(":")[0] for line in prose.hard("One. Two. Three. Four. Five. Six.")] == ["6 sentences"]
+    assert prose.unexplained(
+        "An anchor and `kld`, a [pair](glossary.md#pair).", ["Anchor", "KLD", "Pair"]
+    ) == ["Anchor"]
+
+
+@pytest.mark.parametrize("page", [*EASY, "docs/how-to/own-model.md", "docs/how-to/serve.md"])
+def test_every_command_is_one(page: str) -> None:
+    """turbo-eval's take what is given to them, make's targets exist, and on the easy pages each is run."""
+    makefile = (ROOT / "Makefile").read_text()
+    for command in prose.commands((ROOT / page).read_text()):
+        words = shlex.split(command)
+        if words[0] == "make":
+            target = re.sub(r"build-\w+", "build-%", words[1])
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
+        elif words[0] == "turbo-eval" and len(words) > 1:
+            if words[1] == "serve" and "serve" not in COMMANDS:
+                continue  # test_tutorial.py goes red when it is there
+            assert words[1] in COMMANDS, command
+            load(words[1]).make_context(
+                words[1], words[2:], resilient_parsing=len(words) == 2 or "FILE" in words
+            )
+        if page in EASY:
+            assert (command in NOT_RUN) != (command in tutorial.RUN), f"{page}: {command}"
+
+
+def test_the_picture_is_of_the_records() -> None:
+    """docs/img/front.svg is what `turbo-eval report … --front docs/img/front.svg --at 8192` draws."""
+    records = read_all([ROOT / "results" / "reference" / "smollm2-135m-f32-cpu"])
+    groups = worth_showing([rows for _, rows in by_setting(summarize(records))])
+    drawn = front(groups[0], 8192)
+    assert len(groups) == 1 and drawn is not None and len(drawn.points) == 9
+    assert f"<dc:description>{drawn.said()}</dc:description>" in (ROOT / "docs/img/front.svg").read_text()

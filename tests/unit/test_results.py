@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,8 +19,9 @@ from turbo_eval.analysis.recommend import Bound, recommend
 from turbo_eval.analysis.summary import summarize
 from turbo_eval.metrics.greedy import compare_greedy
 from turbo_eval.metrics.needle import compare_needle
-from turbo_eval.records.record import Needle, json_schema
-from turbo_eval.records.store import Store
+from turbo_eval.records.record import Needle, Record, json_schema
+from turbo_eval.records.share import problems, scrub
+from turbo_eval.records.store import Store, read_all
 from turbo_eval.util.paths import repo_root
 
 RECORDS = [
@@ -130,3 +135,90 @@ def test_a_needle_counts_only_where_f16_finds_it() -> None:
     assert (exact.probes, exact.f16_hits, exact.hits) == (3, 2, 2)
     found: Needle = compare_needle([(512, 0.1, False), (512, 0.5, True), (512, 0.9, True)], exact)
     assert (found.probes, found.f16_hits, found.hits) == (3, 2, 1)
+
+
+# -- submit ----------------------------------------------------------------------------------------
+
+
+def submitted(folder: Path, *records: Record) -> subprocess.CompletedProcess[str]:
+    """`results submit box` of these records."""
+    for record in records:
+        Store(folder / "results", record.machine).write(record)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "turbo_eval", "results", "submit", "box"),
+            *("--results", str(folder / "results"), "--out", str(folder / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def ran(record: Record, **changes: Any) -> Record:
+    return record.model_copy(update={"run": record.run.model_copy(update=changes)})
+
+
+def test_submit_takes_paths_out_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    argv = (
+        "/home/me/turbo-eval/build/cpu/bin/llama-perplexity",
+        "-m",
+        "/home/me/models/tiny.gguf",
+        "-c",
+        "512",
+    )
+    reference = ran(make_record(), argv=argv)
+    failed = make_record("q4_0:q4_0", status="crash", detail="cannot open ~/secret/place/x.gguf: killed")
+    done = submitted(tmp_path, reference, make_record("q8_0:q8_0", 10.02), failed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = {r.cell.pair(): r for r in read_all([tmp_path / "out" / "box"])}
+    assert len(kept) == 3
+    assert kept["f16:f16"].run.argv == ("llama-perplexity", "-m", "tiny.gguf", "-c", "512")
+    assert kept["q4_0:q4_0"].detail == "cannot open x.gguf: killed"
+    assert kept["f16:f16"].ppl == reference.ppl and kept["f16:f16"].key == reference.key
+    text = "".join(p.read_text() for p in (tmp_path / "out").rglob("*.json"))
+    assert "/home" not in text and "secret" not in text
+    again = submitted(tmp_path)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (make_record("q8_0:q8_0", 10.02, corpus="b.txt", corpus_sha256="b" * 64), "its reference f16/f16"),
+        (make_record(ppl=0.5), "no perplexity of a text"),
+        (make_record(ppl=3e6), "the model does not work"),
+        (make_record("q4_0:q4_0", 10.4, kld=make_kld(99.0)), "cannot be"),
+        (make_record(ppl=10.0).model_copy(update={"running_ppl": (9.0, 12.0)}), "is not its perplexity"),
+        (make_record(model="/home/me/models/tiny.gguf"), "the path /home/me/models/tiny.gguf is in it"),
+    ],
+)
+def test_submit_refuses(tmp_path: Path, record: Record, why: str) -> None:
+    done = submitted(tmp_path, record, *([make_record()] if record.cell.k != "f16" else []))
+    assert done.returncode == 3 and why in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_submit_refuses_a_name_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "kitchen")
+    monkeypatch.setattr("getpass.getuser", lambda: "marie")
+    assert problems([make_record()]) == []
+    (host,) = problems([ran(make_record(), log="Kitchen/x.log")])
+    assert "host name 'kitchen'" in host
+    (user,) = problems([ran(make_record(), log="of-marie.log")])
+    assert "user name 'marie'" in user
+
+
+def test_submit_refuses_edited_sources_and_missing_provenance(tmp_path: Path) -> None:
+    record = make_record()
+    bare = record.provenance.model_copy(update={"dirty": True, "compiler": ""})
+    done = submitted(tmp_path, record.model_copy(update={"provenance": bare}))
+    assert done.returncode == 3
+    assert "edited sources" in done.stdout and "which compiler" in done.stdout
+
+
+def test_what_is_in_results_reference_could_be_submitted() -> None:
+    for folder in (repo_root() / "results" / "reference").iterdir():
+        records = read_all([folder])
+        assert records and problems(records) == [], folder.name
+        assert all(scrub(record) == record for record in records)

@@ -147,7 +147,7 @@ def inline_svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "turbo-eval"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace(' target="_blank"', "")  # its links lead to rows of the same page
     for colour, name in _OF_THE_PAGE.items():
         svg = svg.replace(colour, name)
     role = "group" if "<a " in svg else "img"  # what is an image has no links in it

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from turbo_eval.analysis.picture.points import front
+from turbo_eval.analysis.picture.terminal import bars
 from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.analysis.table import json_rows, render_rich
@@ -148,6 +150,9 @@ def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bo
         console = Console()
         for _, group in by_setting(rows):
             console.print(render_rich(group, console.width))
+            drawn = front(group) if console.is_terminal else None
+            if drawn is not None and len(drawn.points) > 1:
+                console.print(bars(drawn), "")
     failed = [r for r in result.records if not r.ok]
     for record in failed:
         before = store.load(record.cell)
