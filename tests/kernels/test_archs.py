@@ -148,7 +148,7 @@ def test_the_table_says_what_the_build_does(ran: Ran) -> None:
 def test_inspect_foretells_all_of_them(ran: Ran) -> None:
     """From the files alone."""
     found = answers(ran.cases)
-    wrong = []
+    wrong: list[object] = []
     for path in sorted(ran.models.glob("*.gguf")):
         arch = path.stem.removesuffix("-dense").removesuffix("-moe")
         facts = read_facts(path)

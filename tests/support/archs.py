@@ -1,7 +1,8 @@
 """Small random models of every architecture at the pin: what types, anchor and window do there.
 
 `python -m tests.support.archs` runs llama.cpp's test-llama-archs -kv of the build in build/cpu, and writes
-configs/architectures.json and the table of docs/models.md from what it says; with --page only the table.
+configs/architectures.json and the table of docs/reference/models.md from what it says; with --page only the
+table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from turbo_eval.util import paths
 
 TOOL = "test-llama-archs"
 KNOWN = Path("configs/architectures.json")
-PAGE = Path("docs/models.md")
+PAGE = Path("docs/reference/models.md")
 TYPES = ("q8_0", "q4_0", "turbo4", "turbo3", "turbo2")
 _BEGIN, _END = "<!-- table: python -m tests.support.archs -->", "<!-- /table -->"
 _REFUSED = re.compile(r"^.*?is not possible: |; switch it off.*$|^\w+: ")
@@ -79,7 +80,7 @@ def _answer(said: str) -> str:
 
 
 def render(known: dict[str, Any]) -> str:
-    """The table of docs/models.md, between its marks."""
+    """The table of docs/reference/models.md, between its marks."""
     lines = [
         _BEGIN,
         "| architecture | q8_0, q4_0 | turbo4, turbo3, turbo2 | K anchor | exact window "
