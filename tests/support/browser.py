@@ -62,7 +62,10 @@ def opened(browser: Any, url: str, width: int, scheme: str) -> Iterator[Page]:
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda r: r.url.startswith((home, "data:", "blob:")) or said.append(r.url))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith((home, "data:", "blob:")) else said.append(r.url),
+    )
     page.goto(url)
     try:
         yield page

@@ -17,6 +17,7 @@ from turbo_eval.analysis.picture.points import front
 from turbo_eval.analysis.summary import Summary, said_of_reference
 from turbo_eval.bench.run import pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.window import Window
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
 
@@ -80,7 +81,8 @@ def _heats(rows: Sequence[Summary]) -> list[dict[str, Any]]:
     """K × V of each figure; where a pair was measured with several exact windows, for each of these."""
     several = {row.window for row in rows if (row.k, row.v) in _with_several(rows)}
     found = []
-    for window in sorted(several, key=str) or [None]:
+    windows: list[Window | None] = [*sorted(several, key=str)]
+    for window in windows or [None]:
         # a pair that never has a window stands beside both
         own = [
             r for r in rows if window is None or r.window == window or (r.k, r.v) not in _with_several(rows)
