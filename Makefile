@@ -58,7 +58,7 @@ demo: ## everything from a fresh clone to a table of perplexities, and how long 
 # -- judge -----------------------------------------------------------------------------------------
 
 docs: setup ## the documentation as a site in build/site; any warning ends it
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$said"; exit 1; } # -q would hide warnings from --strict
 
 check: setup docs ## what needs no compiler: ruff, mypy, order of the rooms, patch series, documentation
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .

@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "-d", str(folder)]
     done = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with served(folder) as home:

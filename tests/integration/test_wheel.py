@@ -43,6 +43,13 @@ def call(installed: Installed) -> Call:
     return run
 
 
+def test_an_index_takes_them(installed: Installed) -> None:
+    """The README that they carry renders, and their metadata is sound."""
+    check = [sys.executable, "-m", "twine", "check", "--strict", installed.wheel, installed.sdist]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
 def test_what_is_in_them(installed: Installed) -> None:
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"turbo_eval"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -137,3 +139,24 @@ def test_the_picture_is_of_the_records() -> None:
     drawn = front(groups[0], 8192)
     assert len(groups) == 1 and drawn is not None and len(drawn.points) == 9
     assert f"<dc:description>{drawn.said()}</dc:description>" in (ROOT / "docs/img/front.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("schema", "files"),
+    [
+        ("citation-file-format", ["CITATION.cff"]),
+        ("github-issue-forms", sorted(map(str, (ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml")))),
+        ("github-issue-config", [".github/ISSUE_TEMPLATE/config.yml"]),
+    ],
+)
+def test_what_the_server_reads_is_of_its_schema(schema: str, files: list[str]) -> None:
+    assert files
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    version = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert re.search(rf"^## {re.escape(version[1])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
