@@ -159,7 +159,7 @@ def _kind(annotation: Any) -> str:
         return "K:V" if inner == (str, str) else f"[{', '.join(map(_kind, inner))}]"
     if origin is dict:
         return f"table of {_kind(inner[1])}"
-    return _WORDS.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def _default(field: Any) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from turbo_eval.cli import COMMANDS
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.util import paths
@@ -30,7 +29,6 @@ OWN = "turbo-eval sweep --model ~/models/mine.gguf"
 CHOOSE_OWN = "turbo-eval recommend ~/models/mine.gguf --max-delta-ppl 2%"
 SERVE_OWN = "turbo-eval serve ~/models/mine.gguf --max-delta-ppl 2%"
 RUN = {DEMO, CHOOSE, SERVE, ASK, PLAN, OWN, CHOOSE_OWN, SERVE_OWN}
-serving = pytest.mark.xfail("serve" not in COMMANDS, reason="turbo-eval serve is not there yet", strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,6 @@ def test_from_a_clone_to_a_table_and_a_choice(build: Build, home: Path) -> None:
     assert said.count("recommended") == 1 and "-ctk turbo3 -ctv turbo3" in said
 
 
-@serving
 def test_serve_what_was_chosen(build: Build, home: Path) -> None:
     told(DEMO, home)  # nothing is measured twice
     with served(SERVE, home) as said:
@@ -111,7 +108,6 @@ def test_the_reader_s_own_model(build: Build, home: Path) -> None:
 
 
 @pytest.mark.slow
-@serving
 def test_serve_the_reader_s_own_model(build: Build, home: Path) -> None:
     told(OWN, home)
     with served(SERVE_OWN, home) as said:

@@ -45,7 +45,8 @@ def call(installed: Installed) -> Call:
 
 def test_an_index_takes_them(installed: Installed) -> None:
     """The README that they carry renders, and their metadata is sound."""
-    check = [sys.executable, "-m", "twine", "check", "--strict", installed.wheel, installed.sdist]
+    packages = (str(installed.wheel), str(installed.sdist))
+    check = [sys.executable, "-m", "twine", "check", "--strict", *packages]
     done = subprocess.run(check, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
 

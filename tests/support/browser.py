@@ -62,15 +62,15 @@ def opened(browser: Any, url: str, width: int, scheme: str) -> Iterator[Page]:
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith((home, "data:", "blob:")) else said.append(r.url),
-    )
+    page.on("requestfailed", lambda request: said.append(f"{request.url} failed"))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     page.goto(url)
     try:
         yield page
     finally:
         context.close()
+    said += [url for url in asked if not url.startswith((home, "data:", "blob:"))]
     assert not said, said
 
 

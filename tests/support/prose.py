@@ -58,7 +58,7 @@ def unexplained(text: str, terms: list[str]) -> list[str]:
 
 def terms(glossary: str) -> list[str]:
     """The headings of the glossary."""
-    return [t for heading in re.findall(r"^### (.+)$", glossary, re.MULTILINE) for t in heading.split(", ")]
+    return [t for heading in re.findall(r"^## (.+)$", glossary, re.MULTILINE) for t in heading.split(", ")]
 
 
 def commands(text: str) -> list[str]:

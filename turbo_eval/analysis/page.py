@@ -17,7 +17,6 @@ from turbo_eval.analysis.picture.points import front
 from turbo_eval.analysis.summary import Summary, said_of_reference
 from turbo_eval.bench.run import pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.formats.window import Window
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
 
@@ -79,16 +78,15 @@ def setting(number: int, name: str, rows: Sequence[Summary], conclusion: list[st
 
 def _heats(rows: Sequence[Summary]) -> list[dict[str, Any]]:
     """K × V of each figure; where a pair was measured with several exact windows, for each of these."""
-    several = {row.window for row in rows if (row.k, row.v) in _with_several(rows)}
+    pairs = _with_several(rows)
+    windows = sorted({row.window for row in rows if (row.k, row.v) in pairs}, key=str)
     found = []
-    windows: list[Window | None] = [*sorted(several, key=str)]
-    for window in windows or [None]:
-        # a pair that never has a window stands beside both
-        own = [
-            r for r in rows if window is None or r.window == window or (r.k, r.v) not in _with_several(rows)
-        ]
-        said = "" if window is None else f", window {window}"
-        found += [_heat(own, value, f"{title}{said}", form) for value, title, form in HEATS]
+    for window in windows:
+        # a pair with one row, which may never have a window, stands beside both
+        own = [row for row in rows if row.window == window or (row.k, row.v) not in pairs]
+        found += [_heat(own, value, f"{title}, window {window}", form) for value, title, form in HEATS]
+    if not windows:
+        found = [_heat(rows, *value) for value in HEATS]
     return [heat for heat in found if heat is not None]
 
 
