@@ -35,6 +35,7 @@ def test_the_build_passes(turbo_build: Build) -> None:
     assert [line.name for line in lines] == list(all_checks())
     assert [line for line in lines if line.ok is not True] == []
     assert sum(line.name.startswith("attention ") for line in lines) == 121
+    assert sum(line.name.startswith("window ") for line in lines) == 1 + 112
 
 
 @pytest.mark.parametrize("name", ["turbo3", "turbo4"])
@@ -128,6 +129,16 @@ void ggml_compute_forward_flash_attn_ext(const void * params, struct ggml_tensor
     real(params, dst);
 }
 """
+WINDOW = ["attention turbo4:turbo4", "window partition", "window turbo4:turbo4"]
+# the second segment is forgotten
+DROP_WINDOW = """
+void ggml_compute_forward_flash_attn_ext(const void * params, struct ggml_tensor * dst) {
+    void (*real)(const void *, struct ggml_tensor *) = dlsym(RTLD_NEXT, __func__);
+    struct ggml_tensor alone = *dst;
+    alone.src[5] = alone.src[6] = alone.src[7] = NULL;
+    real(params, &alone);
+}
+"""
 ATTENTION = ["attention q8_0:q8_0", "attention q8_0:turbo4", "attention turbo4:turbo4"]
 
 
@@ -185,6 +196,13 @@ ATTENTION = ["attention q8_0:q8_0", "attention q8_0:turbo4", "attention turbo4:t
             {"attention q8_0:turbo4": "it crashed (SIG"},
             id="missing pair, abort",
         ),
+        pytest.param(
+            DROP_WINDOW,
+            (),
+            WINDOW,
+            {"window turbo4:turbo4": "against the reference, limit 0.001 (window 128+4 in f16, 1 query)"},
+            id="window forgotten",
+        ),
     ],
 )
 def test_a_fault_fails_its_line_and_no_other(
@@ -215,6 +233,46 @@ def test_a_fault_fails_its_line_and_no_other(
     assert found.keys() == expected.keys()
     for name, words in expected.items():
         assert words in found[name]
+
+
+@pytest.mark.build
+@pytest.mark.skipif(sys.platform != "linux", reason="puts the fault in with LD_PRELOAD")
+def test_a_window_that_reaches_one_key_further(
+    turbo_build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's own source, its rule off by one: the partition is red, attention itself is not."""
+    sources = next(
+        (
+            place
+            for place in (turbo_build.bin_dir.parent.parent / "src", paths.worktree_dir())
+            if (place / "src" / "llama-kv-window.h").is_file()
+        ),
+        None,
+    )
+    if sources is None:
+        pytest.skip("the source of the exact window is not here")
+    for name in ("llama-kv-window.h", "llama-kv-window.cpp"):
+        text = (sources / "src" / name).read_text()
+        if name.endswith(".h"):
+            assert text.count("p_query - p_key < (int64_t) params.n_recent") == 1
+            text = text.replace("p_query - p_key < (int64_t)", "p_query - p_key <= (int64_t)")
+        (tmp_path / name).write_text(text)
+    include = [f"-I{tmp_path}", *(f"-I{sources / part}" for part in ("src", "include", "ggml/include"))]
+    library = tmp_path / "fault.so"
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        *include,
+        str(tmp_path / "llama-kv-window.cpp"),
+    ]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    found = failing(turbo_build, WINDOW)
+    assert found.keys() == {"window partition"}
+    assert "is exact for a query at" in found["window partition"]
 
 
 @pytest.mark.build

@@ -10,9 +10,11 @@ from rich.markup import escape
 
 from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
+from turbo_eval.formats.window import Window, sized
 from turbo_eval.llama.backends import backend as find_backend
 from turbo_eval.selftest import Selftest
 from turbo_eval.selftest.checks import all_checks
+from turbo_eval.selftest.partition import LARGEST
 
 
 def register(app: typer.Typer) -> None:
@@ -25,8 +27,31 @@ def register(app: typer.Typer) -> None:
           turbo-eval selftest
 
           turbo-eval selftest --backend cuda --failures
+
+          turbo-eval selftest --only window --recent 256
         """
     )(selftest)
+
+
+Recent = Annotated[
+    str, typer.Option(metavar="auto|N", help="Exact window that is checked: the last N tokens (auto: 128).")
+]
+First = Annotated[str, typer.Option(metavar="auto|N", help="And the first N (auto: 4); 0 and 0: no window.")]
+
+
+def _window(recent: str, first: str) -> Window:
+    """The window that is checked.
+
+    Raises:
+        UsageError: no numbers, or more than the check can do in reasonable time.
+    """
+    sizes = o.one_window("--recent", recent), o.one_window("--first", first)
+    window = sized(*sizes)
+    if window.recent + window.first > LARGEST:
+        raise UsageError(
+            f"a window of {window} tokens takes selftest too long", f"give {LARGEST} at most in all"
+        )
+    return window
 
 
 def selftest(
@@ -35,17 +60,20 @@ def selftest(
         str, typer.Option(help="A ggml device by name, e.g. CUDA1, if not the backend's first.")
     ] = "",
     only: Annotated[str, typer.Option(help="Only checks with this in their name, e.g. turbo4.")] = "",
+    recent: Recent = "auto",
+    first: First = "auto",
     failures: Annotated[bool, typer.Option("--failures", help="Print failing lines only.")] = False,
     bin_dir: o.BinDir = None,
 ) -> None:
     find_backend(backend)
-    names = [name for name in all_checks() if only in name]
+    window = _window(recent, first)
+    names = [name for name in all_checks(window) if only in name]
     if not names:
         raise UsageError(f"no check has {only!r} in its name", "run `turbo-eval selftest` to see them")
     console = Console(soft_wrap=True, highlight=False)
     words = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]none[/dim]"}
     counts = {True: 0, False: 0, None: 0}
-    test = Selftest(o.load_build(backend, bin_dir), backend, device)
+    test = Selftest(o.load_build(backend, bin_dir), backend, device, window)
     width = max(map(len, names))
     for line in test.run(names):
         counts[line.ok] += 1

@@ -31,6 +31,7 @@ class Window:
 
 
 OFF = Window()
+DEFAULT = Window(AUTO_RECENT, AUTO_FIRST)
 
 
 def resolve(recent: TokensOrAuto, first: TokensOrAuto, k: str, v: str) -> Window:
@@ -41,6 +42,11 @@ def resolve(recent: TokensOrAuto, first: TokensOrAuto, k: str, v: str) -> Window
     """
     if min(cache_type(k).bpv, cache_type(v).bpv) >= 8:
         return OFF
+    return sized(recent, first)
+
+
+def sized(recent: TokensOrAuto, first: TokensOrAuto) -> Window:
+    """The same beside a pair that has a window."""
     newest = AUTO_RECENT if recent == AUTO else int(recent)
     if first == AUTO:
         return Window(newest, AUTO_FIRST if newest else 0)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.formats.window import DEFAULT, Window
 from turbo_eval.llama.build import Build
 from turbo_eval.selftest.checks import all_checks
 from turbo_eval.util import python
@@ -32,8 +33,14 @@ class Selftest:
         device: "name: description" of the ggml device, once a check has run.
     """
 
-    def __init__(self, build: Build, backend: str, device: str = "") -> None:
-        self._asked = {"bin_dir": str(build.bin_dir), "backend": backend, "device": device}
+    def __init__(self, build: Build, backend: str, device: str = "", window: Window = DEFAULT) -> None:
+        self._window = window
+        self._asked = {
+            "bin_dir": str(build.bin_dir),
+            "backend": backend,
+            "device": device,
+            "window": [window.recent, window.first],
+        }
         self.device = ""
 
     def run(self, names: list[str] | None = None) -> Iterator[Line]:
@@ -42,7 +49,7 @@ class Selftest:
         Raises:
             EnvironmentProblem: no such device, or the build's libraries cannot be loaded.
         """
-        left = list(all_checks()) if names is None else list(names)
+        left = list(all_checks(self._window)) if names is None else list(names)
         while left:
             yield from self._session(left)
 

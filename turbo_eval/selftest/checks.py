@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turbo_eval.formats import codec, packing
+from turbo_eval.formats import packing
 from turbo_eval.formats.cache_types import BOOKS, CACHE_TYPES
 from turbo_eval.formats.codebooks import GROUP, Floats, encode, gaussians, lloyd_step, mse, scales
+from turbo_eval.formats.window import DEFAULT, Window, resolve
+from turbo_eval.selftest.attention import POSITIONS, attention, beside_window
 from turbo_eval.selftest.ggml import Ggml, GgmlError
+from turbo_eval.selftest.partition import partition
+from turbo_eval.selftest.result import Result
+from turbo_eval.util.numbers import AUTO
 
 ROTATIONS = (64, 128, 256)
-HEAD_DIMS = (64, 128, 256)
-QUERIES = (1, 33)  # the decode kernels and the prefill kernels
-HEADS, KV_HEADS = 4, 2
-POSITIONS = 512  # from here on the CPU splits the keys of a single query over its threads
-# Quantizing q to 8 bits and adding V up in halves cost up to 1e-4; a value in the wrong place about 1.
-NMSE_LIMIT = 1e-3
 # Cache types as users name them; f32 is no cache type of interest beside them.
 TYPES = tuple(name for name in CACHE_TYPES if name != "f32")
-
-
-@dataclass(frozen=True)
-class Result:
-    """`ok` None: not for this device, which is no fault of ours (a pair of upstream's own types)."""
-
-    ok: bool | None
-    detail: str
-
-
 Check = Callable[[Ggml], Result]
 
 
-def all_checks() -> dict[str, Check]:
-    """Name → check, in the order of a layer cake: what fails first explains what fails after it."""
+def all_checks(window: Window = DEFAULT) -> dict[str, Check]:
+    """Name → check, in the order of a layer cake: what fails first explains what fails after it.
+
+    Args:
+        window: sizes of the exact window that is checked.
+    """
     checks: dict[str, Check] = {}
     for name in BOOKS:
         checks[f"codebook {name}"] = partial(_codebook, name)
@@ -53,13 +45,18 @@ def all_checks() -> dict[str, Check]:
         checks[f"cache write {name}"] = partial(_pack, name, Ggml.set_rows)
         checks[f"cache read V {name}"] = partial(_read_v, name)
     for k, v in product(TYPES, TYPES):
-        checks[f"attention {k}:{v}"] = partial(_attention, k, v)
+        checks[f"attention {k}:{v}"] = partial(attention, k, v)
+    if window:
+        checks["window partition"] = partial(partition, window)
+        for k, v in product(TYPES, TYPES):
+            if resolve(AUTO, AUTO, k, v):
+                checks[f"window {k}:{v}"] = partial(beside_window, k, v, window)
     return checks
 
 
-def run_checks(ggml: Ggml, names: list[str]) -> Iterator[tuple[str, Result | None]]:
+def run_checks(ggml: Ggml, names: list[str], window: Window = DEFAULT) -> Iterator[tuple[str, Result | None]]:
     """(name, None) before and (name, result) after each check."""
-    checks = all_checks()
+    checks = all_checks(window)
     for name in names:
         yield name, None
         missing = [t for t in TYPES if t in name.replace(":", " ").split() and t not in ggml.types]
@@ -232,58 +229,3 @@ def _rotation(size: int, ggml: Ggml) -> Result:
 
 def _relative(got: NDArray[Any], want: NDArray[Any]) -> float:
     return float(np.sqrt(((got - want) ** 2).sum() / (want.astype(np.float64) ** 2).sum()))
-
-
-@dataclass(frozen=True)
-class _Cache:
-    rows: packing.Bytes  # (positions, KV heads, bytes)
-    values: Floats  # (positions, KV heads, d)
-
-
-@lru_cache(maxsize=64)
-def _cache(ggml: Ggml, name: str, d: int, seed: int) -> _Cache:
-    x = np.random.default_rng((seed, d)).standard_normal((POSITIONS * KV_HEADS, d)).astype(np.float32)
-    rows = ggml.quantize(name, x)
-    return _Cache(
-        rows.reshape(POSITIONS, KV_HEADS, -1), codec.decode(name, rows).reshape(POSITIONS, KV_HEADS, d)
-    )
-
-
-def _attention(k: str, v: str, ggml: Ggml) -> Result:
-    worst = 0.0
-    for d, queries in product(HEAD_DIMS, QUERIES):
-        kc, vc = _cache(ggml, k, d, 1), _cache(ggml, v, d, 2)
-        q = np.random.default_rng(d).standard_normal((HEADS, queries, d)).astype(np.float32)
-        # The last query sees every position, the ones before it fewer, as in a prompt.
-        visible = np.arange(POSITIONS)[None, :] <= POSITIONS - queries + np.arange(queries)[:, None]
-        mask = np.where(visible, 0, -np.inf).astype(np.float16)
-        scale = 1 / np.sqrt(d)
-        try:
-            got = ggml.attention(q, kc.rows, vc.rows, mask, (k, v), scale=scale)
-        except GgmlError as error:
-            if {k, v} & BOOKS.keys() or k == v:
-                raise
-            return Result(None, str(error))
-        want = _exact_attention(q, kc.values, vc.values, mask, scale)
-        where = f"head_dim {d}, {queries} {'query' if queries == 1 else 'queries'}"
-        if np.isnan(got).any():
-            share = 100 * float(np.isnan(got).mean())
-            return Result(False, f"{share:.0f} % of the output is NaN or was never written ({where})")
-        nmse = float(((got - want) ** 2).sum() / (want**2).sum())
-        worst = max(worst, nmse)
-        if not nmse < NMSE_LIMIT:
-            return Result(False, f"NMSE {nmse:.2g} against the reference, limit {NMSE_LIMIT:g} ({where})")
-    return Result(True, f"NMSE {worst:.1e}")
-
-
-def _exact_attention(
-    q: NDArray[np.float32], k: Floats, v: Floats, mask: NDArray[np.float16], scale: float
-) -> Floats:
-    """(queries, heads, d), in double precision, each KV head shared by HEADS / KV_HEADS heads."""
-    k = np.repeat(k.transpose(1, 0, 2), HEADS // KV_HEADS, axis=0)
-    v = np.repeat(v.transpose(1, 0, 2), HEADS // KV_HEADS, axis=0)
-    scores = np.einsum("hqd,hpd->hqp", q.astype(np.float64), k) * scale + mask
-    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    weights /= weights.sum(axis=2, keepdims=True)
-    out: Floats = np.einsum("hqp,hpd->qhd", weights, v)
-    return out

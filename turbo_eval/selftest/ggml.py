@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ _CPU_KINDS, _GPU_KINDS = (0,), (1, 2)  # ggml_backend_dev_type: CPU; GPU and int
 
 class GgmlError(Exception):
     """ggml refused or failed; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A second segment of keys and values (ggml_flash_attn_ext_add_window).
+
+    Attributes:
+        kind: type of both, "f16" or "q8_0".
+        k, v: (slots, KV heads, bytes a head vector).
+        mask: (queries, slots), added to the scores.
+    """
+
+    kind: str
+    k: NDArray[np.uint8]
+    v: NDArray[np.uint8]
+    mask: NDArray[np.float16]
 
 
 class _InitParams(Structure):
@@ -75,6 +92,7 @@ _FUNCTIONS: dict[str, tuple[str, Any, list[Any]]] = {
     "ggml_backend_dev_count": ("ggml", c_size_t, []),
     "ggml_backend_dev_get": ("ggml", _V, [c_size_t]),
 }
+_ADD_WINDOW = "ggml_flash_attn_ext_add_window"  # void; of the patches
 _LOG = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 
@@ -95,17 +113,26 @@ class Ggml:
         backend: name of one of the backends.
         device: a ggml device name that wins over `backend`, e.g. "CUDA1".
 
+    Attributes:
+        bin_dir: where they lie.
+
     Raises:
         GgmlError: a library, a function or the device is not there; the device doesn't start.
     """
 
     def __init__(self, bin_dir: Path, backend: str, device: str = "") -> None:
+        self.bin_dir = bin_dir
         try:
             libraries = {
                 name: ctypes.CDLL(str(library(bin_dir, file)), mode=ctypes.RTLD_GLOBAL)
                 for name, file in (("base", "ggml-base"), ("ggml", "ggml"))
             }
             self._call: dict[str, Callable[..., Any]] = {}
+            self._windowed = hasattr(libraries["base"], _ADD_WINDOW)
+            if self._windowed:
+                add_window = libraries["base"][_ADD_WINDOW]
+                add_window.restype, add_window.argtypes = None, [_V, _V, _V, _V]
+                self._call[_ADD_WINDOW] = add_window
             for name, (place, result, arguments) in _FUNCTIONS.items():
                 function = libraries[place][name]
                 function.restype, function.argtypes = result, arguments
@@ -223,6 +250,7 @@ class Ggml:
         types: tuple[str, str],
         *,
         scale: float,
+        window: Segment | None = None,
     ) -> NDArray[np.float32]:
         """Flash attention as the graph builds it: cache rows hold all KV heads of a position.
 
@@ -230,9 +258,13 @@ class Ggml:
             q: (heads, queries, d).
             k, v: (positions, KV heads, bytes a head vector) of `types`.
             mask: (queries, positions), added to the scores.
+            window: more keys and values, under the same softmax.
 
         Returns:
             (queries, heads, d of V).
+
+        Raises:
+            GgmlError: the device has no kernel for it, or the build knows of no second segment.
         """
         heads, queries, d = q.shape
         positions, kv_heads, width = v.shape
@@ -246,9 +278,19 @@ class Ggml:
             permuted = [self._call["ggml_permute"](context, t, 0, 2, 1, 3) for t in (kt, vt)]
             result = self._call["ggml_flash_attn_ext"](context, qt, *permuted, mt, scale, 0.0, 0.0)
             self._call["ggml_prec_set_acc"](result, _F32_ACCUMULATOR)
+            if window:
+                slots, kind = window.mask.shape[1], window.kind
+                rows = (new(kind, d, kv_heads, slots), new(kind, dv, kv_heads, slots))
+                permuted = [self._call["ggml_permute"](context, t, 0, 2, 1, 3) for t in rows]
+                self._call[_ADD_WINDOW](result, *permuted, new("f16", slots, queries))
             return result
 
-        out = self._run(build, [q, k, v, mask], queries * heads * dv * 4)
+        inputs: list[NDArray[Any]] = [q, k, v, mask]
+        if window:
+            if not self._windowed:
+                raise GgmlError("this build has no exact window")
+            inputs += [window.k, window.v, window.mask]
+        out = self._run(build, inputs, queries * heads * dv * 4)
         return out.view(np.float32).reshape(queries, heads, dv)
 
     def _run(

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from turbo_eval.formats.window import Window
 from turbo_eval.selftest.checks import run_checks
 from turbo_eval.selftest.ggml import Ggml, GgmlError
 
@@ -19,7 +20,7 @@ def main() -> int:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
     print(json.dumps({"device": f"{ggml.device}: {ggml.description}"}), flush=True)
-    for name, result in run_checks(ggml, asked["checks"]):
+    for name, result in run_checks(ggml, asked["checks"], Window(*asked["window"])):
         line = {"check": name} | ({} if result is None else {"ok": result.ok, "detail": result.detail})
         print(json.dumps(line), flush=True)
     return 0
