@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from turbo_eval.evidence.kv_eval import PATHS, read_kv_eval
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 
@@ -96,3 +99,21 @@ def test_switched_off_with_a_warning_where_it_was_not_asked_for(build: Build, sm
     done = _start(build, smollm.path, "-ctk", "turbo3", "-fa", "off")
     assert done.returncode == 0, done.stdout
     assert "llama_kv_cache: exact window: off (Flash Attention is off)" in done.stdout
+
+
+def test_what_is_off_by_default_is_off(build: Build, smollm: ModelFile, tmp_path: Path) -> None:
+    """Beside 8 bits and more there is no window: the same bits as with recent 0 and first 0."""
+    text, out = tmp_path / "text.txt", tmp_path / "eval.bin"
+    text.write_text("The lighthouse keeper wrote down the weather of every day, and so did his son. " * 40)
+    off = ",recent=0,first=0"
+    pairs = ("f16:f16", "q8_0:q8_0", "q8_0:f16", "turbo3:turbo3")
+    argv: list[str | Path] = [build.tool("llama-kv-eval"), "-m", smollm.path, "-f", text, "--out", out]
+    argv += ["-c", "64", "-b", "64", "--chunks", "1", "--one-token", "1", "-fa", "on", "-t", "1"]
+    argv += [part for pair in pairs for part in ("--pair", pair, "--pair", pair + off)]
+    subprocess.run(argv, check=True, capture_output=True, timeout=600)
+    found = read_kv_eval(out)
+    for number, path in product(range(len(pairs)), PATHS):
+        default, asked = (found.figures(1 + 2 * number + i, path) for i in (0, 1))
+        same = all(np.array_equal(getattr(default, n), getattr(asked, n)) for n in ("nll", "kld", "dp"))
+        # beside turbo3 there is one: the comparison sees it
+        assert same == (pairs[number] != "turbo3:turbo3"), (pairs[number], path)
