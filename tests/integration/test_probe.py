@@ -12,6 +12,7 @@ import pytest
 
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.codec import reference
+from turbo_eval.formats.window import OFF, Window
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
@@ -153,9 +154,23 @@ def test_setup_refuses_what_it_does_not_know() -> None:
         *("cuda", "turbo4", "f16"),
         *({"GGML_X": "1"}, "off"),
     )
-    for bad in ("key=turbo4", "k", "backend=vulkan", "v=turbo5"):
+    assert not setup.window
+    assert Setup.parse("k=turbo4,v=turbo4,recent=32").window == Window(32, 4)
+    assert Setup.parse("k=q8_0,v=q8_0,recent=32").window == OFF
+    for bad in ("key=turbo4", "k", "backend=vulkan", "v=turbo5", "k=turbo4,recent=-1", "first=x"):
         with pytest.raises(UsageError):
             Setup.parse(bad)
+
+
+@pytest.mark.build
+def test_beside_a_window_less_is_lost_and_nothing_is_blamed(prober: Prober) -> None:
+    """Attention over keys that the dump does not hold is not judged; writes, cache and logits are."""
+    alone, beside = (prober.dump(f"k=turbo3,v=turbo3,recent={recent}") for recent in (0, 32))
+    exact = prober.dump("k=f16,v=f16")
+    assert all(layer.plain for layer in alone.layers.values())
+    assert not any(layer.plain for layer in beside.layers.values())
+    result = compare(exact, beside)
+    assert not result.faulty and result.kld < 0.5 * compare(exact, alone).kld
 
 
 @pytest.mark.build

@@ -95,6 +95,23 @@ def test_recommend_heeds_the_text_that_was_asked_for(place: World) -> None:
     assert code == 0 and json.loads(out)["recommended"]["k"] == "turbo3"
 
 
+def test_recommend_heeds_the_window_that_was_asked_for(place: World) -> None:
+    tool = place.bin / "llama-perplexity"
+    tool.write_text(tool.read_text().replace("--kv-anchor MODE", "--kv-anchor MODE --kv-recent N"))
+    shared = place.shared()
+    root = write(place.folder / "r", ppl("f16:f16", 10.0, **shared), ppl("turbo3:turbo3", 12.0, **shared))
+    write(root, *(ppl("turbo3:turbo3", 10.2 - r / 1000, recent=r, first=4, **shared) for r in (64, 128)))
+    bound = ("--max-delta-ppl", "3", "--json")
+    for asked, named in (("64", [64]), ("0,128", [128]), ("0", []), ("auto", [128])):
+        code, out, err = recommend(place, root, *bound, "--recent", asked)
+        assert code == 0, err
+        found = json.loads(out)
+        assert [c["recent"] for c in found["candidates"] if c["within"] and c["k"] != "f16"] == named, asked
+        assert found["recommended"]["recent"] == (named[0] if named else 0)
+    code, _, err = recommend(place, root, *bound, "--recent", "many")
+    assert code == 2 and one_sentence(err) and "--recent" in err
+
+
 def test_recommend_says_what_the_text_cannot_decide(place: World) -> None:
     """turbo4/turbo3 within the bound and turbo4/turbo4, which has more bits, outside of it: noise."""
     shared = place.shared()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from turbo_eval.analysis.recommend import Bound, best, recommend, shape_mib
 from turbo_eval.analysis.summary import Summary, summarize
 from turbo_eval.formats.cache_types import cache_type, usual_pairs
+from turbo_eval.formats.window import Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
@@ -21,14 +22,30 @@ from turbo_eval.sweep.plan import Plan, estimate_seconds, make_plan
 from turbo_eval.sweep.progress import live
 from turbo_eval.sweep.run import run_sweep
 from turbo_eval.sweep.spec import sweep_spec
+from turbo_eval.util.numbers import TokensOrAuto
 
 Pair = tuple[str, str]
 LADDER: tuple[Pair, ...] = usual_pairs()
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The exact windows that are asked for, as options or a sweep name them."""
+
+    recent: tuple[TokensOrAuto, ...]
+    first: TokensOrAuto
+
+    def of(self, pair: Pair) -> set[Window]:
+        """What that is for a pair; none where both types have 8 bits or more."""
+        return {resolve(recent, self.first, *pair) for recent in self.recent}
+
+
+@dataclass(frozen=True)
 class Wish:
-    """What is measured where something is missing: text, chunks, context, and how."""
+    """What is measured where something is missing: text, chunks, context, and how.
+
+    `windows` None: any that is on record will do, and llama.cpp's own is measured.
+    """
 
     model: ModelFile
     name: str  # as the user gave it
@@ -37,6 +54,7 @@ class Wish:
     ctx: int
     threads: int | None
     kld: bool
+    windows: Windows | None = None
 
 
 class Ladder:
@@ -79,7 +97,7 @@ class Ladder:
         good = best(recommend(rows, info, ctx, bound))
         limit = min((c.memory_mib for c in good), default=float("inf"))
         have = {
-            (r.k, r.v)
+            (r.k, r.v, r.window)
             for r in rows
             if r.status != "ok"
             or (
@@ -89,7 +107,12 @@ class Ladder:
         }
         fits = float("inf") if bound.memory_gib is None else bound.memory_gib * 1024
         sizes = {pair: shape_mib(pair, info, ctx) for pair in self.pairs()}
-        return [p for p, size in sizes.items() if p not in have and size < limit and size <= fits]
+        return [p for p, size in sizes.items() if self._lacks(p, have) and size < limit and size <= fits]
+
+    def _lacks(self, pair: Pair, have: Set[tuple[str, str, Window]]) -> bool:
+        if self.wish.windows is None:
+            return not any(pair == (k, v) for k, v, _ in have)
+        return any((*pair, window) not in have for window in self.wish.windows.of(pair))
 
     def climb(self, ctx: int, bound: Bound) -> list[Summary]:
         """Measure what is missing until the cheapest pair within the bound is certain; returns all rows."""
@@ -117,6 +140,8 @@ class Ladder:
             "backend": self.build.backend,
             "metrics": ["kld"] if wish.kld else ["ppl"],
         }
+        if wish.windows is not None:
+            data |= {"recent": list(wish.windows.recent), "first": wish.windows.first}
         if wish.threads is not None:
             data["threads"] = wish.threads
         return make_plan(sweep_spec(data, "recommend"), self.build)

@@ -23,11 +23,11 @@ from turbo_eval.formats.cache_types import CACHE_TYPES, parse_pair
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
 from turbo_eval.llama.provenance import collect
-from turbo_eval.llama.tool import capabilities, check_types
+from turbo_eval.llama.tool import capabilities, check_types, check_window
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
 from turbo_eval.records.store import Store
-from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks, check_window
+from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks
 from turbo_eval.util import numbers as n
 from turbo_eval.util.paths import results_dir
 

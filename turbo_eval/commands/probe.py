@@ -38,14 +38,19 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval probe qwen2.5-coder-0.5b --a k=f16,v=f16 --b k=turbo4,v=turbo3,anchor=off
 
+          turbo-eval probe my.gguf --b k=turbo3,v=turbo3,recent=128
+
           turbo-eval probe my.gguf --a backend=cpu,k=turbo4,v=turbo4 --b backend=cuda,k=turbo4,v=turbo4
         """
     )(probe)
 
 
+SETTINGS = "backend=,k=,v=,anchor=,recent=,first=,bin=,env.NAME="
+
+
 def probe(
     model: Annotated[str, typer.Argument(help="Model by name or path.")],
-    a: Annotated[str, typer.Option("--a", help="backend=,k=,v=,anchor=,bin=,env.NAME=")] = "k=f16,v=f16",
+    a: Annotated[str, typer.Option("--a", help=SETTINGS)] = "k=f16,v=f16",
     b: Annotated[str, typer.Option("--b", help="The configuration to judge, likewise.")] = JUDGED,
     corpus: o.Corpus = None,
     tokens: Annotated[int, typer.Option(min=8, max=2048, help="Tokens to evaluate, in one batch.")] = 96,

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 
-from turbo_eval.analysis.ladder import Ladder, Wish
+from turbo_eval.analysis.ladder import Ladder, Windows, Wish
 from turbo_eval.analysis.recommend import Bound, Candidate, best, oddities
 from turbo_eval.analysis.recommend import recommend as rank
 from turbo_eval.analysis.staleness import moved_on
@@ -22,6 +22,7 @@ from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect
+from turbo_eval.llama.tool import check_window
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store, warn_once
 from turbo_eval.serving.choose import said_of_bound
@@ -46,6 +47,8 @@ def register(app: typer.Typer) -> None:
           turbo-eval recommend qwen2.5-coder-0.5b --max-delta-ppl 3% --ctx 32768
 
           turbo-eval recommend my.gguf --max-kld 0.02 --memory 2
+
+          turbo-eval recommend my.gguf --max-kld 0.01 --recent 64,128,256
 
           turbo-eval recommend my.gguf --corpus my.txt --chunks 40 --no-measure --json
         """
@@ -93,6 +96,8 @@ def recommend(
     corpus: o.Corpus = None,
     chunks: o.Chunks = None,
     text_ctx: TextCtx = None,
+    recent: o.Recent = None,
+    first: o.First = None,
     backend: o.Backend = None,
     threads: o.Threads = None,
     bin_dir: o.BinDir = None,
@@ -112,9 +117,11 @@ def recommend(
             warn_once(warning)
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
-    matches = _asked_for(file, build, backend or "cpu", corpus, chunks, text_ctx)
+    windows = _windows(recent, first, build)
+    matches = _asked_for(file, build, backend or "cpu", corpus, chunks, text_ctx, windows)
     _tell_of_others(store, file, build)
     wish = _wish(file, model, corpus, chunks, text_ctx, threads, max_kld is not None, store, matches)
+    wish = replace(wish, windows=windows)
     ladder = Ladder(wish, build, provenance, store, matches)
     rows = ladder.rows() if no_measure else ladder.climb(window, bound)
     ranked = rank(rows, file.gguf, window, bound)
@@ -127,10 +134,27 @@ def recommend(
         raise typer.Exit(code)
 
 
+def _windows(recent: str | None, first: str | None, build: Build) -> Windows | None:
+    """The exact windows that are asked for; None: nothing is."""
+    if recent is None and first is None:
+        return None
+    sizes = tuple(n.tokens_or_auto("--recent", recent or AUTO))
+    begin = o.one_window("--first", first or AUTO)
+    check_window(sizes, begin, build)
+    return Windows(sizes, begin)
+
+
 def _asked_for(
-    file: ModelFile, build: Build, backend: str, corpus: str | None, chunks: int | None, ctx: int | None
+    file: ModelFile,
+    build: Build,
+    backend: str,
+    corpus: str | None,
+    chunks: int | None,
+    ctx: int | None,
+    windows: Windows | None,
 ) -> Callable[[Record], bool]:
-    """Which records count: of this model, build and environment, and of the text that was asked for."""
+    """Which records count: of this model, build and environment, and of the text and the exact windows that
+    were asked for."""
 
     text = resolve_corpus(corpus).sha256 if corpus is not None else None
     env = relevant_environment()
@@ -145,6 +169,7 @@ def _asked_for(
             and text in (None, cell.corpus_sha256)
             and chunks in (None, cell.chunks)
             and ctx in (None, cell.ctx)
+            and (windows is None or cell.window in windows.of((cell.k, cell.v)))
         )
 
     return matches
@@ -243,6 +268,8 @@ def _as_json(
             "k": row.k,
             "v": row.v,
             "anchor": row.anchor,
+            "recent": row.window.recent,
+            "first": row.window.first,
             "within": candidate.within,
             "reasons": list(candidate.reasons),
             "doubt": candidate.doubt,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from turbo_eval.formats.window import Window
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.records.cell import Cell
+from turbo_eval.util.numbers import TokensOrAuto
 from turbo_eval.util.process import child_environment
 
 KV_EVAL = "llama-kv-eval"
@@ -57,6 +58,20 @@ def _capabilities(tool: Path) -> Capabilities:
     able = {option: f"--kv-{option}" in text for option in ("anchor", "recent")}
     kv_eval = all(able.values()) and tool.with_name(KV_EVAL).is_file()
     return Capabilities(names, kv_anchor=able["anchor"], kv_window=able["recent"], kv_eval=kv_eval)
+
+
+def check_window(recent: Iterable[TokensOrAuto], first: TokensOrAuto, build: Build) -> None:
+    """Refuse a window that the build cannot have.
+
+    Raises:
+        UsageError: says which, and what to do.
+    """
+    asked = [size for size in (*recent, first) if size not in ("auto", 0)]
+    if asked and not capabilities(build).kv_window:
+        raise UsageError(
+            f"the build in {build.bin_dir} has no exact window, so {asked[0]} exact tokens cannot be kept",
+            "use recent = 0 (--recent 0) or the patched build",
+        )
 
 
 def check_types(build: Build, pairs: tuple[tuple[str, str], ...]) -> None:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from turbo_eval.errors import RegressionError, UsageError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.codec import readable
+from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build, find_build
 from turbo_eval.llama.output import last_error
-from turbo_eval.llama.tool import capabilities
+from turbo_eval.llama.tool import capabilities, check_window
+from turbo_eval.util.numbers import AUTO, TokensOrAuto, tokens_or_auto
 from turbo_eval.util.process import child_environment, run
 
 TOOL = "llama-kv-probe"
@@ -25,13 +27,14 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Setup:
-    """One side: `backend=cpu,k=turbo4,v=turbo3,anchor=off,bin=DIR,env.NAME=VALUE`."""
+    """One side: `backend=cpu,k=turbo4,v=turbo3,anchor=off,recent=128,first=4,bin=DIR,env.NAME=VALUE`."""
 
     text: str
     backend: str = "cpu"
     k: str = "f16"
     v: str = "f16"
     anchor: str = ""
+    window: Window = OFF
     bin_dir: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -43,17 +46,20 @@ class Setup:
             UsageError: an unknown key, backend or type.
         """
         known: dict[str, str] = {}
+        sizes: dict[str, TokensOrAuto] = {"recent": 0, "first": AUTO}
         env: dict[str, str] = {}
         for part in filter(None, text.split(",")):
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if equals and key.startswith("env."):
                 env[key.removeprefix("env.")] = value
+            elif equals and key in sizes:
+                sizes[key] = tokens_or_auto(f"{key}= in {text!r}", value)[0]
             elif equals and key in ("backend", "k", "v", "anchor", "bin"):
                 known["bin_dir" if key == "bin" else key] = value
             else:
                 raise UsageError(
                     f"{part!r} in {text!r} is no setting",
-                    "write backend=, k=, v=, anchor=, bin= or env.NAME=, separated by commas",
+                    "write backend=, k=, v=, anchor=, recent=, first=, bin=, env.NAME=, separated by commas",
                 )
         backend(known.get("backend", "cpu"))
         for side in ("k", "v"):
@@ -63,7 +69,8 @@ class Setup:
                     f"the probe cannot read a cache of {name}: neither gguf nor turbo-eval knows its blocks",
                     "probe a type that llama.cpp's gguf package knows",
                 )
-        return cls(text, env=env, **known)
+        window = resolve(sizes["recent"], sizes["first"], known.get("k", "f16"), known.get("v", "f16"))
+        return cls(text, env=env, window=window, **known)
 
     def build(self) -> Build:
         """The build it runs on."""
@@ -99,7 +106,7 @@ class Layer:
     rot_out: int
     scale: float
     softcap: float
-    plain: bool  # no sinks, no ALiBi: attention can be recomputed from the above
+    plain: bool  # no sinks, no ALiBi, no exact window: attention can be recomputed from the above
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,9 @@ def take(
     argv: list[str | Path] = [tool, "-m", model, "-f", text, "-c", str(tokens), "-o", out]
     argv += ["-ctk", setup.k, "-ctv", setup.v, "-fa", "on", "-t", str(threads), "-fit", "off"]
     argv += backend(setup.backend).device_flags()
+    check_window([setup.window.recent], setup.window.first, build)
     if capabilities(build).kv_window:
-        # the steps recompute attention from the cache; keys in an exact window beside it would be missing
-        argv += ["--kv-recent", "0", "--kv-first", "0"]
+        argv += ["--kv-recent", str(setup.window.recent), "--kv-first", str(setup.window.first)]
     if setup.anchor:
         if not capabilities(build).kv_anchor:
             raise UsageError(
@@ -207,7 +214,8 @@ def read(path: Path, setup: Setup) -> Dump:
             rot_out=fact("rot_out"),
             scale=fact("scale"),
             softcap=fact("softcap"),
-            plain=not fact("sinks") and not fact("max_bias"),
+            # keys in an exact window are missing from the cache's
+            plain=not fact("sinks") and not fact("max_bias") and not setup.window,
         )
     if not layers:
         raise UsageError(

@@ -14,7 +14,7 @@ from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
-from turbo_eval.llama.tool import capabilities, check_types
+from turbo_eval.llama.tool import capabilities, check_types, check_window
 from turbo_eval.metrics import METRICS, wanted_metrics
 from turbo_eval.metrics import metric as metric_of
 from turbo_eval.metrics.base import Extent, Job, Metric
@@ -22,7 +22,6 @@ from turbo_eval.records.cell import Cell, Engine
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT
 from turbo_eval.sweep.spec import SweepSpec
-from turbo_eval.util.numbers import TokensOrAuto
 from turbo_eval.util.process import relevant_environment
 
 
@@ -142,20 +141,6 @@ def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[tuple[
             resolve(recent, spec.first, k, v) if able else OFF for recent in spec.recent
         )
     ]
-
-
-def check_window(recent: Iterable[TokensOrAuto], first: TokensOrAuto, build: Build) -> None:
-    """Refuse a window that the build cannot have.
-
-    Raises:
-        UsageError: says which, and what to do.
-    """
-    asked = [size for size in (*recent, first) if size not in ("auto", 0)]
-    if asked and not capabilities(build).kv_window:
-        raise UsageError(
-            f"the build in {build.bin_dir} has no exact window, so {asked[0]} exact tokens cannot be kept",
-            "use recent = 0 (--recent 0) or the patched build",
-        )
 
 
 def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
