@@ -16,7 +16,7 @@ CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
 
-.PHONY: help setup source demo docs test check golden clean \
+.PHONY: help setup source demo docs test check test-sanitize golden clean \
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
@@ -71,6 +71,17 @@ test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for th
 	@build/cpu/bin/test-quantize-fns
 	@$(BIN)/python -m tests.kernels.turbo_ops
 	@$(BIN)/pytest
+
+SANITIZE := build/sanitize
+
+test-sanitize: setup ## the exact window and a whole model with AddressSanitizer and UBSan: every library is built anew (30 minutes of processor time)
+	@$(BIN)/cmake -S build/src -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" --log-level=ERROR \
+		-DCMAKE_BUILD_TYPE=Release -DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_OPENMP=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=ON
+	@$(BIN)/ninja -C $(SANITIZE) $(if $(JOBS),-j$(JOBS)) test-kv-window llama-completion
+	@$(RUN) models get $(DEMO_MODEL)
+	@$(BIN)/python -m tests.kernels.sanitize $(SANITIZE)/bin "$$($(RUN) models path $(DEMO_MODEL))"
 
 golden: setup ## after a change of output on purpose: write tests/data/golden anew, then read the diff
 	@$(BIN)/python -m tests.support.golden
