@@ -60,12 +60,13 @@ demo: ## everything from a fresh clone to a table of perplexities, and how long 
 docs: setup ## the documentation as a site in build/site; any warning ends it
 	@said=$$(NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build 2>&1) || { echo "$$said"; exit 1; } # -q would hide warnings from --strict
 
-check: setup docs ## what needs no compiler: ruff, mypy, order of the rooms, patch series, documentation
+check: setup docs ## what needs no compiler: ruff, mypy, order of the rooms, patch series, documentation, its tables
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	@$(BIN)/mypy && $(BIN)/mypy docs/hooks
 	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	@$(BIN)/python -m tests.support.structure
 	@$(RUN) patches check
+	@$(RUN) report --readme --check
 
 test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
 	@build/cpu/bin/test-quantize-fns

@@ -241,3 +241,41 @@ def test_a_build_without_the_tool_is_measured_by_llama_perplexity(sweep: Sweep, 
     asked = sweep.run(PAIRS, "--engine", "kv-eval", bin_dir=old)
     assert asked.returncode == 2 and one_sentence(asked.stderr)
     assert "has no llama-kv-eval" in asked.stderr
+
+
+def test_until_decided_adds_chunks_to_what_is_undecided(sweep: Sweep, tmp_path: Path) -> None:
+    """q8_0 is decided before turbo3, whose differences are noisier; no chunk is measured twice."""
+    log = tmp_path / "runs"
+    words = (
+        """'/^--pair$/{getline; print $0} /^--(first-chunk|chunks)$/{printf "%s ", $0; getline; print $0}'"""
+    )
+    told = _bad(sweep, tmp_path, f'printf "%s\\n" "$@" | awk {words} >> {log}')
+    args = ("--pairs", PAIRS, "--recent", "0", "--chunks", "4", "--metrics", "kld")
+    long = tmp_path / "long"
+    long.write_bytes(sweep.text.read_bytes() * 6)
+    model = ("--model", sweep.model, "--corpus", long, "--ctx", str(CTX))
+    until = ("--until-decided", "2", "--max-chunks", "32")
+    done = sweep.cli.sweep(*model, *args, *until, bin_dir=told)
+    assert done.returncode == 0, done.stderr
+    said = {line.split(":")[0].split()[-1]: line for line in done.stdout.splitlines() if " after " in line}
+    assert said.keys() == {"q8_0/q8_0", "turbo3/turbo3"}
+    assert "equivalent after" in said["q8_0/q8_0"] and "after 32 chunks" in said["turbo3/turbo3"]
+    assert "of 2 pairs decided in" in done.stderr
+    runs = log.read_text()
+    assert runs.count("q8_0:q8_0") < runs.count("turbo3:turbo3")
+    starts = [int(line.split()[1]) for line in runs.splitlines() if line.startswith("--first-chunk")]
+    counts = [int(line.split()[1]) for line in runs.splitlines() if line.startswith("--chunks")]
+    assert starts[0] == 0 and all(a + b == c for a, b, c in zip(starts, counts, starts[1:], strict=False))
+    kept = [json.loads(p.read_text()) for p in sweep.cli.results.glob("*/*.kld.*.json")]
+    assert all(r["by_chunk"]["sequential"] for r in kept if r["cell"]["k"] != "f16")
+    once_more = sweep.cli.sweep(*model, *args, *until, bin_dir=told)
+    assert log.read_text() == runs, "all of it is on record"
+    assert once_more.stdout == done.stdout
+
+
+def test_until_decided_needs_figures_of_each_token(sweep: Sweep) -> None:
+    done = sweep.run(PAIRS, "--until-decided", "1", "--engine", "llama-perplexity")
+    assert done.returncode == 2 and one_sentence(done.stderr)
+    assert "needs figures of each token" in done.stderr
+    assert sweep.run(PAIRS, "--until-decided", "0").returncode == 2
+    assert "nothing is ever decided" in sweep.run(PAIRS, "--until-decided", "1", "--no-reference").stderr

@@ -15,9 +15,10 @@ from turbo_eval.analysis import table
 from turbo_eval.analysis.compare import compare
 from turbo_eval.analysis.compare.match import Side
 from turbo_eval.analysis.compare.render import render_markdown
-from turbo_eval.analysis.statistics import Paired, table_verdicts
+from turbo_eval.analysis.statistics import table_verdicts
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
 from turbo_eval.errors import UsageError
+from turbo_eval.records.pairing import Paired
 from turbo_eval.records.record import Record
 from turbo_eval.sweep.spec import Check
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from turbo_eval.analysis.statistics import ERROR_RATE
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
 from turbo_eval.metrics import bounds as metric_bounds
+from turbo_eval.records.pairing import ERROR_RATE
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import Pair, References
 from turbo_eval.records.store import Store

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from turbo_eval.analysis.statistics import (
-    ERROR_RATE,
-    MARGIN,
-    Delta,
-    Paired,
-    delta_ppl,
-    pairing,
-    table_verdicts,
-)
+from turbo_eval.analysis.statistics import Delta, delta_ppl, table_verdicts
 from turbo_eval.evidence.paired import Decision
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.window import Window
+from turbo_eval.records.pairing import ERROR_RATE, MARGIN, Paired, pairing
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT, Pair, References, serves
 

@@ -125,6 +125,31 @@ Margin = Annotated[
         help="Change of perplexity that verdicts are about, in percent.",
     ),
 ]
+UntilDecided = Annotated[
+    float | None,
+    typer.Option(
+        "--until-decided",
+        parser=n.option("--until-decided", n.MARGIN),
+        metavar="PERCENT",
+        help="Add chunks to each pair until it is certain whether its perplexity is within this margin.",
+        show_default=False,
+    ),
+]
+MaxChunks = Annotated[
+    int,
+    typer.Option(
+        "--max-chunks",
+        parser=n.option("--max-chunks", n.COUNT),
+        metavar="N",
+        help="With --until-decided: no pair gets more.",
+    ),
+]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh", help="Run every cell, on record or not; what a new number replaces goes to history/."
+    ),
+]
 Retries = Annotated[
     int,
     typer.Option(

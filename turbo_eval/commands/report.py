@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +15,13 @@ from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front as front_of
 from turbo_eval.analysis.staleness import stale
 from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.analysis.written import write, written
 from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import read_bench
 from turbo_eval.records.store import read_all, warn_once
 from turbo_eval.util import numbers as n
-from turbo_eval.util.paths import results_dir
+from turbo_eval.util.paths import repo_root, results_dir
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +33,8 @@ def register(app: typer.Typer) -> None:
           turbo-eval report --out report
 
           turbo-eval report results/reference/NAME --front front.svg --at 8192
+
+          turbo-eval report --readme --check
         """
     )(report)
 
@@ -53,7 +57,19 @@ def report(
             help="With --front: count memory at N tokens (default: those that were measured).",
         ),
     ] = None,
+    readme: Annotated[
+        bool,
+        typer.Option("--readme", help="Only write the tables in README and docs, from results/reference/."),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --readme: write nothing; exit code 1 if one differs.")
+    ] = False,
 ) -> None:
+    if check and not readme:
+        raise UsageError("--check is about --readme", "give both")
+    if readme:
+        _readme(check)
+        return
     places = results or [results_dir()]
     records = read_all(places)
     benches = [b for place in places if place.is_dir() for b in read_bench(place)]
@@ -84,3 +100,23 @@ def _draw(records: Sequence[Record], out: Path, at: int | None) -> None:
         raise IncompleteError("no quantized pair with a loss is on record", "run `turbo-eval sweep` first")
     figures.save(draw(found), out, found.said())
     print(out)
+
+
+def _readme(check: bool) -> None:
+    """Write the tables that stand between marks, or say which are not what the records give."""
+    root = repo_root()
+    found = written(root, root / "results" / "reference")
+    if not check:
+        for path in write(found):
+            print(path.relative_to(root))
+        return
+    for one in found:
+        for name in one.differing:
+            place = one.path.relative_to(root)
+            print(
+                f"turbo-eval: the table {name!r} in {place} is not what the records give; run"
+                " `turbo-eval report --readme`",
+                file=sys.stderr,
+            )
+    if any(one.differing for one in found):
+        raise typer.Exit(1)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.analysis.table import json_rows, render_rich
 from turbo_eval.commands import options as o
+from turbo_eval.errors import UsageError
+from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.reference import References
@@ -30,6 +33,8 @@ from turbo_eval.scale.target import Target, TlsFiles, parse_target, security
 from turbo_eval.sweep.plan import Plan, make_plan
 from turbo_eval.sweep.progress import live
 from turbo_eval.sweep.run import Reporter, SweepResult, run_sweep
+from turbo_eval.sweep.spec import SweepSpec
+from turbo_eval.sweep.until import run_until_decided, saved
 from turbo_eval.util.paths import results_dir
 from turbo_eval.util.process import seconds_in_children
 
@@ -48,6 +53,8 @@ def register(app: typer.Typer) -> None:
           turbo-eval sweep --model my.gguf --corpus my.txt --pairs f16:f16,q8_0:turbo3 --chunks 20
 
           turbo-eval sweep configs/issue-27.toml --model qwen2.5-coder-1.5b --chunks 4 --json
+
+          turbo-eval sweep configs/demo.toml --until-decided 0.5 --max-chunks 64
 
           turbo-eval sweep configs/full.toml --scheduler scheduler.json
         """
@@ -74,6 +81,8 @@ def sweep(
     engine: o.EngineName = None,
     threads: o.Threads = None,
     timeout: o.Timeout = None,
+    until_decided: o.UntilDecided = None,
+    max_chunks: o.MaxChunks = 128,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
     scheduler: o.Scheduler = None,
@@ -84,12 +93,7 @@ def sweep(
     tls_cert: o.TlsCert = None,
     tls_key: o.TlsKey = None,
     insecure: o.Insecure = False,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh", help="Run every cell, on record or not; what a new number replaces goes to history/."
-        ),
-    ] = False,
+    fresh: o.Fresh = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
     target = parse_target(scheduler, jobs)
@@ -119,6 +123,9 @@ def sweep(
     if target.kind != "local":  # a worker measures a cell at a time
         spec = spec.model_copy(update={"engine": "llama-perplexity"})
     build = o.load_build_to_plan(spec.backend, bin_dir, remote=target.kind == "remote")
+    if until_decided is not None:
+        ok = _until(spec, build, results or results_dir(), target, until_decided, max_chunks, fresh, as_json)
+        raise typer.Exit(0 if ok else 3)
     plan = make_plan(spec, build)
     behind = moved_on(build) if target.kind == "local" else ""
     o.warn(*plan.notes, behind)
@@ -134,6 +141,33 @@ def sweep(
             )
     if not _show(result, plan, root, provenance.machine.id, as_json):
         raise typer.Exit(3)
+
+
+def _until(
+    spec: SweepSpec,
+    build: Build,
+    root: Path,
+    target: Target,
+    margin: float,
+    most: int,
+    fresh: bool,
+    as_json: bool,
+) -> bool:
+    """Look, add chunks, look again; ends with a line for each pair."""
+    if target.kind != "local":
+        raise UsageError("--until-decided runs in this process", "leave --jobs and --scheduler out")
+    o.warn(moved_on(build))
+    provenance = collect(build)
+    store = Store(root, provenance.machine.id)
+    result = run_until_decided(spec, build, provenance, store, live, margin=margin, most=most, fresh=fresh)
+    last = {one.record.key: one.record for one in result.judged.values()}
+    shown = replace(result.sweep, records=list(last.values()))
+    ok = _show(shown, make_plan(spec, build), root, provenance.machine.id, as_json)
+    if not as_json:
+        for one in result.judged.values():
+            print(one)
+    print(f"{saved(result, most)}; each verdict is wrong in 5 % of cases at most", file=sys.stderr)
+    return ok
 
 
 def _show(result: SweepResult, plan: Plan, root: Path, machine: str, as_json: bool) -> bool:

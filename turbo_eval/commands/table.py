@@ -11,11 +11,11 @@ from rich.console import Console
 
 from turbo_eval.analysis import table as tables
 from turbo_eval.analysis.staleness import stale
-from turbo_eval.analysis.statistics import MARGIN
 from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.commands import options as o
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.cache_types import parse_pair
+from turbo_eval.records.pairing import MARGIN
 from turbo_eval.records.store import read_all, warn_once
 from turbo_eval.util.paths import results_dir
 

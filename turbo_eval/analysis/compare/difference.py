@@ -11,17 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbo_eval.analysis.compare.match import Entry, facts
-from turbo_eval.analysis.statistics import (
-    MARGIN,
-    Paired,
-    chunk_error,
-    delta_pct,
-    normal_p,
-    student_p,
-    unpaired_error,
-)
+from turbo_eval.analysis.statistics import chunk_error, delta_pct, normal_p, student_p, unpaired_error
 from turbo_eval.evidence import paired as tests
 from turbo_eval.evidence.paired import Decision
+from turbo_eval.records.pairing import MARGIN, Paired
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
 
