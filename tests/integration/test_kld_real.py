@@ -1,4 +1,4 @@
-"""KL divergence and the decode path on the real llama-perplexity."""
+"""KL divergence on the real llama-perplexity, whose base is kept in a cache; and the decode path."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from turbo_eval.metrics.base_logits import BaseLogits, file_bytes
 from turbo_eval.records.record import read_record
 
 PAIRS = "f16:f16,q8_0:q8_0,q4_0:q4_0"
+OLD = ("--engine", "llama-perplexity")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def base_file(tmp_path: Path) -> Path:
 
 
 def test_kld_is_that_of_the_command_run_by_hand(cli: Cli, tmp_path: Path) -> None:
-    done = cli.sweep("--pairs", PAIRS, "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json")
+    done = cli.sweep("--pairs", PAIRS, "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json", *OLD)
     assert done.returncode == 0, done.stderr
     rows = {r["k"]: r for r in json.loads(done.stdout)}
     floor = rows["f16"]["kld"]
@@ -68,19 +69,21 @@ def test_kld_is_that_of_the_command_run_by_hand(cli: Cli, tmp_path: Path) -> Non
     base = base_file(tmp_path)
     assert base.stat().st_size == file_bytes(256, 49152, 1)
     before = base.read_bytes()
-    more = cli.sweep("--pairs", "f16:f16,q5_0:q5_0", "--metrics", "kld", "--ctx", "256", "--chunks", "1")
+    more = cli.sweep(
+        "--pairs", "f16:f16,q5_0:q5_0", "--metrics", "kld", "--ctx", "256", "--chunks", "1", *OLD
+    )
     assert more.returncode == 0
     assert base_file(tmp_path).read_bytes() == before
 
     plan = cli.run(
-        *("plan", "--pairs", PAIRS, "--metrics", "kld", "--ctx", "256", "--chunks", "1"),
+        *("plan", "--pairs", PAIRS, "--metrics", "kld", "--ctx", "256", "--chunks", "1", *OLD),
         *("--bin-dir", cli.bin_dir, "--results", cli.results),
     )
     assert "0 of 3 cells to run" in plan.stdout and "Base logits: 12 MiB, in the cache" in plan.stdout
 
 
 def test_damaged_base_is_noticed_and_computed_again(cli: Cli, tmp_path: Path) -> None:
-    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json")
+    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1", "--json", *OLD)
     first = cli.sweep(*args)
     assert first.returncode == 0, first.stderr
     base = base_file(tmp_path)
@@ -112,7 +115,7 @@ def test_a_base_that_fails_is_a_status_of_the_cells(cli: Cli, tmp_path: Path, bu
 
 def test_disk_full_while_the_base_is_written(cli: Cli, tmp_path: Path) -> None:
     """llama-perplexity does not notice a failed write; the length of the file tells."""
-    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1")
+    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1", *OLD)
     assert cli.sweep(*args).returncode == 0
     base = base_file(tmp_path)
     base.unlink()
@@ -133,7 +136,7 @@ def test_the_cap_drops_the_oldest(tmp_path: Path) -> None:
 
 
 def test_over_the_cap_is_refused(cli: Cli) -> None:
-    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1")
+    args = ("--pairs", "f16:f16", "--metrics", "kld", "--ctx", "256", "--chunks", "1", *OLD)
     done = cli.sweep(*args, env={"TURBO_EVAL_LOGITS_GIB": "0.001"})
     assert done.returncode == 2
     assert "the cap is 0.0 GiB" in done.stderr

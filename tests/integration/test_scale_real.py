@@ -85,6 +85,10 @@ def own_text(tmp_path: Path, prose: CorpusFile) -> Path:
     return path
 
 
+# what workers measure with: a cell at a time
+OLD = ("--engine", "llama-perplexity")
+
+
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Everything that scripts read, but when and how fast."""
     return [{k: v for k, v in row.items() if k not in ("started", "seconds")} for row in rows]
@@ -96,7 +100,7 @@ def test_two_workers_give_the_table_of_one(
     homes = [lab.worker(), lab.worker()]
     lab.wait()
     files = ("--model", own_model, "--corpus", own_text)
-    args = (*files, "--pairs", FOUR, "--ctx", "256", "--chunks", "1", "--metrics", "kld", "--json")
+    args = (*files, "--pairs", FOUR, "--ctx", "256", "--chunks", "1", "--metrics", "kld", "--json", *OLD)
     here, there = (Cli(tmp_path / name, build.bin_dir) for name in ("here", "there"))
     local = here.sweep(*args)
     spread = there.sweep(*args, "--scheduler", lab.address)
@@ -128,7 +132,7 @@ def test_cells_get_the_records_that_they_are_judged_by(
     )
     args = (config, "--pairs", "f16:f16,q4_0:q4_0", "--metrics", "ppl,decode,greedy", "--ctx", "96")
     here, there = (Cli(tmp_path / name, build.bin_dir) for name in ("here", "there"))
-    local = here.sweep(*args, "--chunks", "1", "--json")
+    local = here.sweep(*args, "--chunks", "1", "--json", *OLD)
     spread = there.sweep(*args, "--chunks", "1", "--json", "--scheduler", lab.address)
     assert local.returncode == 0, local.stderr
     assert numbers(json.loads(spread.stdout)) == numbers(json.loads(local.stdout)), spread.stderr
@@ -138,7 +142,7 @@ def test_cells_get_the_records_that_they_are_judged_by(
 def test_jobs_split_this_machine(tmp_path: Path, build: Build, smollm: ModelFile, prose: CorpusFile) -> None:
     one, two = (Cli(tmp_path / name, build.bin_dir) for name in ("one", "two"))
     args = ("--pairs", "f16:f16,q8_0:q8_0,q4_0:q4_0", *QUICK, "--json")
-    local, spread = one.sweep(*args), two.sweep(*args, "--jobs", "2")
+    local, spread = one.sweep(*args, *OLD), two.sweep(*args, "--jobs", "2")
     assert spread.returncode == 0, spread.stderr
     assert numbers(json.loads(spread.stdout)) == numbers(json.loads(local.stdout))
     assert not [p for p in psutil.process_iter() if _is_worker_of(p, two.results)]
@@ -226,7 +230,7 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, build: Build, smollm: ModelFile, prose: CorpusFile
 ) -> list[dict[str, Any]]:
     """The eight cells on this machine alone."""
-    done = Cli(tmp_path_factory.mktemp("undisturbed"), build.bin_dir).sweep(*CELLS)
+    done = Cli(tmp_path_factory.mktemp("undisturbed"), build.bin_dir).sweep(*CELLS, *OLD)
     assert done.returncode == 0, done.stderr
     return numbers(json.loads(done.stdout))
 

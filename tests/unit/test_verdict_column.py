@@ -9,18 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.records import make_chunks, make_record
-from tests.unit.test_gate import F16, gate
+from tests.support.records import MACHINE, make_chunks, make_kld, make_record
+from tests.unit.test_gate import F16, INFO, gate
 from turbo_eval.analysis import table
 from turbo_eval.analysis.compare import compare
 from turbo_eval.analysis.compare.match import Side
 from turbo_eval.analysis.compare.render import render_markdown
+from turbo_eval.analysis.gate import run_gate
 from turbo_eval.analysis.statistics import table_verdicts
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
 from turbo_eval.errors import UsageError
+from turbo_eval.inputs.corpora import CorpusFile
+from turbo_eval.inputs.models import ModelFile
+from turbo_eval.llama.build import Build
+from turbo_eval.metrics.base import Job
 from turbo_eval.records.pairing import Paired
 from turbo_eval.records.record import Record
-from turbo_eval.sweep.spec import Check
+from turbo_eval.records.store import Store
+from turbo_eval.sweep.plan import Plan
+from turbo_eval.sweep.spec import Check, GateSpec, sweep_spec
 
 CHUNKS = 16
 
@@ -145,6 +152,23 @@ def test_the_gate_has_no_verdict_without_figures(tmp_path: Path) -> None:
     assert any("it is f16/f16 itself" in s for s in result.passed)
     crashed = make_record("q8_0:q8_0", status="crash", detail="killed")
     assert gate(tmp_path / "b", [F16, crashed], check).exit_code == 3
+
+
+def test_the_gate_takes_what_llama_perplexity_measured(tmp_path: Path) -> None:
+    """Records of workers and of older versions: the KL divergence counts, though its key is another."""
+    old = make_record("q8_0:q8_0", 10.1, kld=make_kld(0.01))
+    Store(tmp_path, MACHINE.id).write(old)
+    asked = old.model_copy(update={"cell": old.cell.model_copy(update={"engine": "kv-eval"})})
+    assert asked.cell.key() != old.key
+    spec = GateSpec(
+        sweep=sweep_spec({"pairs": ["q8_0:q8_0"]}, "test"),
+        check=(Check.model_validate({"pair": "q8_0:*", "max_kld": 0.02}),),
+    )
+    build = Build("cpu", Path("bin"), "a" * 40, "", False, "", (), "")
+    model = ModelFile("tiny", Path("tiny.gguf"), "1" * 64, 1, INFO)
+    job = Job(asked.cell, model, CorpusFile("prose", Path("prose.txt"), "2" * 64, 1), None)
+    result = run_gate(spec, Plan(spec.sweep, build, (job,), 1), Store(tmp_path, MACHINE.id))
+    assert result.exit_code == 0, result
 
 
 @pytest.mark.parametrize("margin", [0, -1, math.nan, math.inf, True, "x"])

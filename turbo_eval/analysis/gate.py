@@ -85,7 +85,10 @@ def _collect(plan: Plan, store: Store, result: GateResult) -> None:
     missing: list[str] = []
     stale: dict[str, list[str]] = {}
     for job in plan.jobs:
-        record = store.load(job.cell)
+        other = job.cell.model_copy(
+            update={"engine": "llama-perplexity"}
+        )  # as --jobs and older versions have
+        record = store.load(job.cell) or store.load(other)
         if record is not None:
             result.records.append(record)
             continue

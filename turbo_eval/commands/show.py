@@ -50,7 +50,7 @@ def show(
         table.add_row(name, value)
     Console(highlight=False).print(table)
     print("\nby hand:\n")
-    if record.cell.metric == "kld":
+    if record.cell.metric == "kld" and record.cell.engine == "llama-perplexity":
         _print_base_command(record)
     print(command(record.run.argv, record.run.env, record.run.env_removed))
 
