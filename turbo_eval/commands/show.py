@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from turbo_eval.commands import options as o
-from turbo_eval.errors import UsageError
+from turbo_eval.errors import IncompleteError, UsageError
+from turbo_eval.evidence.position import over_position as positions
+from turbo_eval.evidence.tokens import load
 from turbo_eval.metrics.base_logits import BaseLogits
 from turbo_eval.records.record import Record, read_record
 from turbo_eval.records.store import record_files
@@ -25,6 +28,8 @@ def register(app: typer.Typer) -> None:
         KEY is the hexadecimal end of a record's file name (the first digits do).
 
           turbo-eval show 3f2a
+
+          turbo-eval show 3f2a --over-position
         """
     )(show)
 
@@ -32,6 +37,10 @@ def register(app: typer.Typer) -> None:
 def show(
     key: Annotated[str, typer.Argument(help="Key of the record, or its first digits.")],
     results: o.Results = None,
+    over_position: Annotated[
+        bool,
+        typer.Option("--over-position", help="Only KL divergence and ΔPPL by distance from the start."),
+    ] = False,
 ) -> None:
     root = results or results_dir()
     files = [p for p in record_files([root]) if p.name.split(".")[-2].startswith(key)]
@@ -43,6 +52,9 @@ def show(
         names = ", ".join(p.name.split(".")[-2] for p in files[:5])
         raise UsageError(f"{len(files)} records have keys that start with {key}: {names}", "give more digits")
     record = read_record(files[0])
+    if over_position:
+        _print_positions(record, files[0].parent)
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -53,6 +65,26 @@ def show(
     if record.cell.metric == "kld" and record.cell.engine == "llama-perplexity":
         _print_base_command(record)
     print(command(record.run.argv, record.run.env, record.run.env_removed))
+
+
+def _print_positions(record: Record, folder: Path) -> None:
+    """A line for each span of the context."""
+    if record.tokens is None:
+        raise IncompleteError(
+            f"{record.key} has no figures of each token", "measure it with llama-kv-eval (sweep --fresh)"
+        )
+    tokens = load(folder / record.tokens.file, record.tokens.sha256)
+    table = Table("tokens before", "KLD", "95 %", "ΔPPL %", "95 %", box=None)
+    for span in positions(tokens, record.cell.ctx):
+        kld, delta = span.kld, span.delta_pct
+        table.add_row(
+            f"{span.first} – {span.last}",
+            f"{kld.value:z.5f}",
+            f"{kld.low:z.5f} – {kld.high:z.5f}",
+            f"{delta.value:+.2f}",
+            f"{delta.low:+.2f} – {delta.high:+.2f}",
+        )
+    Console(highlight=False).print(table)
 
 
 def _print_base_command(record: Record) -> None:
