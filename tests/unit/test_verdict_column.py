@@ -122,6 +122,8 @@ def test_a_number_of_chunks_that_was_chosen_by_looking_needs_the_wider_interval(
     plain, looked = record("q8_0:q8_0", 0.77), record("q8_0:q8_0", 0.77, sequential=True)
     assert str(rows(plain)[-1].verdict) == "equivalent"
     assert str(rows(looked)[-1].verdict).startswith("undecided")
+    assert rows(plain)[-1].beyond_doubt(1.0) and not rows(looked)[-1].beyond_doubt(1.0)
+    assert rows(looked)[-1].beyond_doubt(5.0) and rows(looked)[-1].beyond_doubt(0.0)
 
 
 @pytest.mark.parametrize(

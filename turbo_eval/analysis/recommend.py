@@ -171,7 +171,8 @@ def _judge(row: Summary, size: float, bound: Bound) -> tuple[list[str], str]:
             if not gap >= 0:
                 reasons.append(f"{text} is over {bound.max_delta_ppl:g} %")
             if not row.is_reference:
-                doubts.append(_doubt(gap, row.delta.err_pct, row.delta.df, row))
+                sure = row.beyond_doubt(bound.max_delta_ppl)
+                doubts.append("" if sure else _doubt(gap, row.delta.err_pct, row))
     if bound.max_kld is not None:
         kld = _kld(row)
         if kld is None:
@@ -181,7 +182,9 @@ def _judge(row: Summary, size: float, bound: Bound) -> tuple[list[str], str]:
             if not gap >= 0:
                 reasons.append(f"its KLD {_figure(*kld, '.4f')} is over {bound.max_kld:g}")
             if not row.is_reference:
-                doubts.append(_doubt(gap, kld[1], 1000, row))
+                # with figures of each token its error is that over chunks
+                sure = decided(gap, kld[1], row.chunks - 1 if row.paired is not None else 1000)
+                doubts.append("" if sure else _doubt(gap, kld[1], row))
     if bound.memory_gib is not None and not size <= bound.memory_gib * 1024:
         return [*reasons, f"its KV cache of {size:.0f} MiB does not fit {bound.memory_gib:g} GiB"], ""
     if bound.max_delta_ppl is None and bound.max_kld is None:
@@ -190,10 +193,8 @@ def _judge(row: Summary, size: float, bound: Bound) -> tuple[list[str], str]:
     return reasons, "" if certain else next((d for d in doubts if d), "")
 
 
-def _doubt(gap: float, error: float | None, df: int, row: Summary) -> str:
-    """Why a figure this far from its limit decides nothing; "" if it does."""
-    if decided(gap, error, df):
-        return ""
+def _doubt(gap: float, error: float | None, row: Summary) -> str:
+    """Why a figure this far from its limit decides nothing."""
     if error is None:
         return "its error is not known; measure it with --metrics kld, or on more chunks"
     more = chunks_to_decide(gap, error, row.chunks)

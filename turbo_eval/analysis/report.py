@@ -11,7 +11,6 @@ from turbo_eval.analysis import figures, page, table
 from turbo_eval.analysis.picture.cards import cards
 from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front
-from turbo_eval.analysis.statistics import decided
 from turbo_eval.analysis.summary import (
     Summary,
     by_setting,
@@ -120,7 +119,7 @@ def _delta(row: Summary, limit: float) -> str:
     assert row.delta is not None
     found = row.delta
     error = f" ± {found.err_pct:.2f}" if found.err_pct is not None else ""
-    sure = decided(limit - found.pct, found.err_pct, found.df)
+    sure = row.beyond_doubt(limit)
     return f"ΔPPL {found.pct:+.2f}{error} %" + ("" if sure else ", too close to the limit for this much text")
 
 

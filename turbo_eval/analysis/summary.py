@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from turbo_eval.analysis.statistics import Delta, delta_ppl, table_verdicts
+from turbo_eval.analysis.statistics import Delta, decided, delta_ppl, table_verdicts
 from turbo_eval.evidence.paired import Decision
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.window import Window
@@ -56,6 +56,16 @@ class Summary:
     def delta_err_pct(self) -> float | None:
         """None for the reference itself, whose difference from itself has no error."""
         return self.delta.err_pct if self.delta and self.delta.paired and not self.is_reference else None
+
+    def beyond_doubt(self, limit_pct: float) -> bool:
+        """Is ΔPPL certainly on the side of the limit where it lies? With figures of each token that is read
+        from the interval of the paired test, which is wider where chunks were added by looking."""
+        if self.delta is None:
+            return False
+        if self.paired is None:
+            return decided(limit_pct - self.delta.pct, self.delta.err_pct, self.delta.df)
+        found = self.paired.interval()
+        return not found.low <= limit_pct <= found.high
 
     @property
     def is_reference(self) -> bool:
