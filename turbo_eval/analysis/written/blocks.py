@@ -29,8 +29,10 @@ def _settings(reference: Path) -> list[list[Summary]]:
     return found
 
 
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
-    rules = ["---" if at < left else "---:" for at in range(len(heads))]
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], texts: int) -> str:
+    """The first `texts` columns, and one of options or states at the end, are words; the others figures."""
+    words = {*heads[:texts], "options of llama-server", "status", "verdict"}
+    rules = ["---" if head in words else "---:" for head in heads]
     rows = (heads, rules, *lines)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
