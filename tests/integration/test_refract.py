@@ -61,7 +61,11 @@ def score(
         "12",
     ]
     argv += ["--axis-a", "gtm", "--no-auto-fetch", "--no-progress", "--json-out", str(out)]
-    env = os.environ | {"LLAMA_CPP_BIN_DIR": str(build.bin_dir), "HOME": str(out.parent)}
+    env = os.environ | {
+        "LLAMA_CPP_BIN_DIR": str(build.bin_dir),
+        "REFRACT_LLAMA_EXTRA_FLAGS": "-t 1",  # busy machines stay quick
+        "HOME": str(out.parent),
+    }
     done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=800)
     assert out.is_file(), done.stdout[-2000:] + done.stderr[-2000:]
     axes = json.loads(out.read_text())["axes"]

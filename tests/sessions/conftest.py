@@ -30,8 +30,8 @@ KINDS: dict[str, list[str]] = {
 MODELS = {"SmolLM2": "smollm", "Qwen": "qwen"}
 DRIFT = 0.15  # nats
 SHARED = ["-c", "4096", "-np", "4", "--kv-unified"]
-# What runs without -m slow: the exact one, the default of ours, the same without its window; of the larger model
-# what the small one can't show.
+# What runs without -m slow: the exact one, the default of ours, the same without its window; of the larger
+# model what the small one can't show.
 SHORT = {("SmolLM2", "f16"), ("SmolLM2", "turbo3"), ("SmolLM2", "window"), ("Qwen", "window")}
 SHORT_QWEN = {"test_tool_call", "test_slot_restored_at_another_context_size", "test_says_what_it_runs"}
 
