@@ -36,6 +36,7 @@ NAMED = (
 )
 # with a bias of K that a quantizer cannot take
 BIASED = ("llama", "qwen2", "phi3", "glm4")
+SINKS = ("gpt-oss", "mimo2", "granite_swa")
 # layers that keep keys and values, of two; Falcon-H1's are both attention and recurrent
 HYBRIDS = {"qwen3next": 1, "qwen35": 1, "lfm2": 1, "granitehybrid": 1, "plamo2": 1, "falcon-h1": 2}
 
@@ -80,6 +81,13 @@ def test_anchor_is_exact_or_off_by_name(ran: Ran, arch: str) -> None:
     assert arch not in BIASED or off.kld > 0.5
 
 
+@pytest.mark.parametrize("arch", SINKS)
+def test_sinks_follow_the_anchor(ran: Ran, arch: str) -> None:
+    exact, off, on = (ran.case(arch, name) for name in ("exact", "turbo4 off", "turbo4"))
+    assert "-> on" in exact.said and exact.kld <= 2e-6
+    assert on.kld <= 0.02 and on.kld <= 0.04 * off.kld
+
+
 @pytest.mark.parametrize("arch", NAMED)
 def test_window_is_exact_or_refused_by_name(ran: Ran, arch: str) -> None:
     window, plain = ran.case(arch, "window"), ran.case(arch, "f16")
@@ -105,7 +113,6 @@ def test_layers_of_hybrids(ran: Ran, arch: str, layers: int) -> None:
         ("deepseek2", "multi-head latent attention"),
         ("deepseek4", "the architecture has a cache of its own kind"),
         ("mamba", "the model has no KV cache"),
-        ("gpt-oss", "attention sinks"),
         ("gemma2", "attention logit soft-capping"),
         ("bloom", "ALiBi"),
         ("gpt2", "no RoPE"),

@@ -84,10 +84,6 @@ def noise(model: Path, layer: int) -> tuple[float, float]:
     [
         (SOFTCAP, "attention logit soft-capping"),
         (
-            Layout("gpt-oss", tensors=lambda: {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}),
-            "attention sinks",
-        ),
-        (
             Layout("deepseek2", tensors=lambda: {"blk.0.attn_kv_a_mqa.weight": np.ones((4, 4), np.float32)}),
             "multi-head latent attention",
         ),
@@ -100,9 +96,12 @@ def test_where_the_anchor_stays_off(tmp_path: Path, layout: Layout, sentence: st
     assert said(write_model(layout, tmp_path / "m.gguf"))["anchor"] == {"works": False, "why": sentence}
 
 
-def test_no_sinks_no_reason(tmp_path: Path) -> None:
-    """gpt-oss's answer hangs on a tensor, not on the name."""
-    assert said(write_model(Layout("gpt-oss"), tmp_path / "m.gguf"))["anchor"]["works"]
+def test_sinks_are_shifted_on_the_cpu_only(tmp_path: Path) -> None:
+    """The answer hangs on a tensor, not on the architecture's name."""
+    sinks = Layout("gpt-oss", tensors=lambda: {"blk.0.attn_sinks.weight": np.ones(4, np.float32)})
+    found = said(write_model(sinks, tmp_path / "m.gguf"))["anchor"]
+    assert found["works"] and "on the CPU only, since the model has attention sinks" in found["why"]
+    assert "sinks" not in said(write_model(Layout("gpt-oss"), tmp_path / "m.gguf"))["anchor"]["why"]
 
 
 @pytest.mark.parametrize("dim", [80, 96, 112])

@@ -19,7 +19,7 @@ from turbo_eval.util import paths
 
 UBATCH = 512  # tokens of a batch that a sliding window keeps besides its own: llama.cpp's default
 _PAD = 256  # cells; llama.cpp pads sliding caches to it
-_SINKS = "attention sinks"
+_SINKS = "on the CPU only, since the model has attention sinks, which other devices cannot shift from row to row"
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,12 @@ def anchor(facts: Facts) -> Answer:
         return Answer(False, "multi-head latent attention")
     if facts.softcap:
         return Answer(False, "attention logit soft-capping")
-    if any(layer.sinks for layer in facts.layers) and (known is None or known["anchor"] == _SINKS):
-        return Answer(False, _SINKS)
     if known is None:
         return Answer(True, _untested(facts))
-    if known["anchor"] not in ("on", _SINKS):
+    if known["anchor"] != "on":
         return Answer(False, known["anchor"])
-    return Answer(True, _gain(facts))
+    sinks = any(layer.sinks for layer in facts.layers)
+    return Answer(True, _gain(facts) + (f"; {_SINKS}" if sinks else ""))
 
 
 def _gain(facts: Facts) -> str:
