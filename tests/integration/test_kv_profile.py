@@ -221,7 +221,7 @@ def test_a_state_belongs_to_its_profile(build: Build, model: Path, shape: ModelS
     assert same.returncode == 0, same.stderr[-2000:]
     refused = save_and_load(build, model, one, swapped, tmp_path / "b.state")
     assert refused.returncode > 0
-    assert "the state was saved with another KV profile" in refused.stderr
+    assert "the state was saved with V of type turbo3 in layer" in refused.stderr
 
 
 # -- what is refused ---------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+# tokens; n_ref in src/llama-kv-anchor.cpp
+REFERENCE_LENGTH = 8192
+
 
 @dataclass(frozen=True)
 class KBias:
@@ -44,8 +47,7 @@ class KBias:
     def slow_share(self, ctx: int) -> Array:
         """[layer], the share of the bias's energy that a constant anchor takes out at `ctx` tokens.
 
-        The anchor is llama.cpp's: the mean over positions, averaged over the lengths ctx, ctx/2, …
-        down to 256, since a context is not always full. 1 for a layer whose bias is zero.
+        The anchor is llama.cpp's, see `anchor_phase`. 1 for a layer whose bias is zero.
         """
         taken = taken_share(self.theta, ctx)
         energy = (self.pairs**2).sum(axis=1)
@@ -65,9 +67,13 @@ def mean_phase(theta: Array, length: float) -> NDArray[np.complex128]:
     return phase
 
 
-def anchor_phase(theta: Array, ctx: int) -> NDArray[np.complex128]:
-    """The complex factor, by pair, that turns a bias into the anchor for a context of `ctx` tokens."""
-    lengths = [float(ctx)]
+def anchor_phase(theta: Array) -> NDArray[np.complex128]:
+    """The complex factor, by pair, that turns a bias into the anchor.
+
+    It is the same for every context size, so that saved states fit all of them: the mean over
+    positions, averaged over the lengths `REFERENCE_LENGTH`, half of it, … 256.
+    """
+    lengths = [float(REFERENCE_LENGTH)]
     while lengths[-1] / 2 >= 256:
         lengths.append(lengths[-1] / 2)
     phases: NDArray[np.complex128] = np.mean([mean_phase(theta, n) for n in lengths], axis=0)
@@ -76,7 +82,7 @@ def anchor_phase(theta: Array, ctx: int) -> NDArray[np.complex128]:
 
 def taken_share(theta: Array, ctx: int) -> Array:
     """[pair], the share of a constant's energy that the anchor takes out at `ctx` tokens."""
-    anchor = anchor_phase(theta, ctx)
+    anchor = anchor_phase(theta)
     share: Array = 2 * (np.conj(mean_phase(theta, ctx)) * anchor).real - np.abs(anchor) ** 2
     return share
 

@@ -76,7 +76,7 @@ def _combine(
     constant = _energies(facts, theta, mean**2)
     e_k = _energies(facts, theta, k_var) + constant
     share = np.zeros(e_q.shape[1])
-    share[: len(theta)] = np.abs(anchor_phase(theta, ctx)) ** 2 if len(theta) else 0.0
+    share[: len(theta)] = np.abs(anchor_phase(theta)) ** 2 if len(theta) else 0.0
     share[len(theta) :] = 1.0
     left = np.maximum(e_k - constant * share, 0.0)
     dim = layer.dim_k

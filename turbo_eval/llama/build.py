@@ -51,6 +51,7 @@ TESTS = {
     "tests/test-quantize-fns.cpp": "test-quantize-fns",
     "tests/test-kv-window.cpp": "test-kv-window",
     "tests/test-llama-archs.cpp": "test-llama-archs",
+    "tests/test-kv-session.cpp": "test-kv-session",
 }
 _COMMON = {
     "CMAKE_BUILD_TYPE": "Release",
