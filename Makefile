@@ -87,6 +87,10 @@ test-sanitize: setup ## the exact window and a whole model with AddressSanitizer
 golden: setup ## after a change of output on purpose: write tests/data/golden anew, then read the diff
 	@$(BIN)/python -m tests.support.golden
 
+profiles: setup ## tune the small models of the registry anew: configs/profiles (half an hour each on two cores)
+	@for model in smollm2-135m qwen2.5-coder-0.5b; do \
+	  $(RUN) tune $$model --bits 3.25 --out configs/profiles/$$model-3.25.kv-profile.gguf || exit 1; done
+
 patches-status: setup ## pin, series, and what build/src holds
 	@$(RUN) patches status
 patches-apply: setup ## pin + series into build/src

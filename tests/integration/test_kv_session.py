@@ -143,11 +143,10 @@ def test_files_that_are_no_states(smol: Session, tmp_path: Path) -> None:
 
 def _info(data: bytes) -> int:
     """Where what a state depends on begins: after magic, version, tokens, streams, cells, flags, layers."""
-    tokens = struct.unpack_from("<I", data, 8)[0]
+    tokens: int = struct.unpack_from("<I", data, 8)[0]
     at = 12 + 4 * tokens
-    streams, cells = struct.unpack_from("<II", data, at)
-    assert (streams, cells) == (1, 300)
-    return at + 8 + cells * 24 + 8  # position, number of sequences, three of the cell, sequence
+    assert struct.unpack_from("<II", data, at) == (1, 300)  # streams, cells
+    return at + 8 + 300 * 24 + 8  # position, number of sequences, three of the cell, sequence
 
 
 def _patched(data: bytes, field: int, value: int) -> bytes:

@@ -9,15 +9,19 @@ import pytest
 from gguf import GGUFReader
 
 from tests.support.layouts import LAYERS, LAYOUTS, write_model
+from turbo_eval.analysis.figures import save
+from turbo_eval.analysis.tuning import tuning_figure
 from turbo_eval.errors import RegressionError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import resolve_model
 from turbo_eval.llama.build import Build
-from turbo_eval.tune.run import Settings, Tuned, tune
+from turbo_eval.tune.measure import Extent
+from turbo_eval.tune.prepare import Plan, work
+from turbo_eval.tune.run import Goal, Tuned, tune
 
 pytestmark = pytest.mark.build
 
-SETTINGS = Settings(3.25, None, ctx=256, chunks=2, recent=16, first=2, threads=1)
+PLAN = Plan(Extent(256, 2), recent=16, first=2, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(build: Build, prose: CorpusFile, folder: Path, settings: Settings) -> Tuned:
+def run(build: Build, prose: CorpusFile, folder: Path, goal: Goal, plan: Plan = PLAN) -> Tuned:
     model = resolve_model(str(folder / "qwen2.gguf"))
-    return tune(model, prose, build, folder / "p.gguf", settings, lambda *step: None)
+    shares: list[float] = []
+    done = tune(model, prose, build, folder / "p.gguf", plan, goal, lambda share, what: shares.append(share))
+    assert shares == sorted(shares) and shares[-1] <= 1
+    return done
 
 
 @pytest.fixture(scope="module")
 def tuned(build: Build, prose: CorpusFile, folder: Path) -> Tuned:
-    return run(build, prose, folder, SETTINGS)
+    return run(build, prose, folder, Goal(3.25))
 
 
 def test_the_profile_beats_the_pair_of_as_many_bits(tuned: Tuned) -> None:
@@ -59,20 +66,40 @@ def test_a_second_run_measures_nothing_again(
     build: Build, prose: CorpusFile, folder: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: object, **named: object) -> None:
-        raise AssertionError("llama-perplexity ran again")
+        raise AssertionError("llama-kv-eval ran again")
 
     monkeypatch.setattr("turbo_eval.tune.measure.run", never)
-    again = run(build, prose, folder, SETTINGS)
+    again = run(build, prose, folder, Goal(3.25))
     assert again.rows == tuned.rows
 
 
 def test_the_fewest_bits_for_a_bound(build: Build, prose: CorpusFile, folder: Path, tuned: Tuned) -> None:
     bound = 1.5 * tuned.held_out.mean
-    found = run(build, prose, folder, replace(SETTINGS, bits=None, max_kld=bound))
+    found = run(build, prose, folder, Goal(max_kld=bound))
     assert found.held_out.mean <= bound
     assert found.allocation.bits <= 3.25
 
 
 def test_a_bound_out_of_reach_names_the_nearest(build: Build, prose: CorpusFile, folder: Path) -> None:
     with pytest.raises(RegressionError, match=r"the nearest has 0\.\d+ at 8\.50 bits a value"):
-        run(build, prose, folder, replace(SETTINGS, bits=None, max_kld=1e-9))
+        run(build, prose, folder, Goal(max_kld=1e-9))
+
+
+def test_a_bound_on_perplexity(build: Build, prose: CorpusFile, folder: Path, tuned: Tuned) -> None:
+    found = run(build, prose, folder, Goal(max_delta_ppl=20.0))
+    assert found.held_out.delta_pct + 1.96 * found.held_out.delta_err_pct <= 20
+
+
+def test_less_text_where_time_is_short() -> None:
+    plan = Plan(Extent(2048, 2))
+    whole = plan.fitted(24, 0.01, 60.0)
+    assert whole == (Extent(2048, 1), Extent(2048, 2))
+    seconds = [0.01 * work(24, *whole), 1000, 450]
+    tokens = [work(24, *replace(plan, budget=60 + s).fitted(24, 0.01, 60.0)) for s in seconds]
+    assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) == 3
+    assert all(0.01 * t <= s for t, s in zip(tokens, seconds, strict=True))
+
+
+def test_the_figure(tuned: Tuned, tmp_path: Path) -> None:
+    save(tuning_figure(tuned), tmp_path / "tuned.svg")
+    assert "p.gguf" in (tmp_path / "tuned.svg").read_text()

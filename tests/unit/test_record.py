@@ -12,7 +12,7 @@ from tests.support.records import make_cell, make_record
 from turbo_eval.errors import IncompleteError
 from turbo_eval.formats.window import OFF
 from turbo_eval.records import speed
-from turbo_eval.records.cell import Cell
+from turbo_eval.records.cell import Cell, CellProfile
 from turbo_eval.records.record import read_record
 from turbo_eval.records.reference import exact_cell
 from turbo_eval.records.store import Store
@@ -33,6 +33,7 @@ COUNTS: dict[str, object] = {
     "anchor_sha256": "3" * 64,
     "recent": 128,
     "first": 4,
+    "profile": CellProfile(sha256="3" * 64, types_k="turbo4", types_v="turbo2", bits_k=4.25, bits_v=2.25),
     "backend": "cuda",
     "tree": "b" * 40,
     "env": {"GGML_X": "1"},

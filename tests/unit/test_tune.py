@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from turbo_eval.errors import UsageError
-from turbo_eval.tune.allocate import K_LADDER, LADDER, Front, Side, bits_per_value, predict, shrink
+from turbo_eval.tune.allocate import CAREFUL, LADDER, Front, Side, bits_per_value, predict
 
 
 def sides(seed: int, layers: int, values: int) -> tuple[list[Side], list[Side]]:
@@ -17,13 +17,14 @@ def sides(seed: int, layers: int, values: int) -> tuple[list[Side], list[Side]]:
     return [Side(values, x) for x in k], [Side(values, x / 4) for x in v]
 
 
+@pytest.mark.parametrize("ladder", [LADDER, CAREFUL])
 @pytest.mark.parametrize("bits", [2.75, 3.0, 3.25, 4.25, 6.0, 8.5])
-def test_nothing_is_better(bits: float) -> None:
+def test_nothing_is_better(bits: float, ladder: tuple[str, ...]) -> None:
     k_sides, v_sides = sides(1, 2, 128)
-    found = Front(k_sides, v_sides).at(bits)
+    found = Front(k_sides, v_sides, ladder).at(bits)
     best = min(
         predict(types[:2], types[2:], k_sides, v_sides)
-        for types in product(K_LADDER, K_LADDER, LADDER, LADDER)
+        for types in product(ladder, ladder, LADDER, LADDER)
         if bits_per_value(types[:2], types[2:], [128] * 2, [128] * 2) <= bits
     )
     assert found.predicted == pytest.approx(best)
@@ -53,20 +54,6 @@ def test_a_layer_that_does_not_matter_gets_the_least() -> None:
 
 def test_fewer_bits_than_there_are() -> None:
     with pytest.raises(UsageError, match="less than K in turbo3 and V in turbo2 have"):
+        Front(*sides(4, 2, 64), CAREFUL).at(2.5)
+    with pytest.raises(UsageError, match="less than K in turbo2 and V in turbo2 have"):
         Front(*sides(4, 2, 64)).at(2.0)
-
-
-def test_chance_is_drawn_to_the_mean() -> None:
-    assert shrink([1.0, 2.0, 6.0]) == pytest.approx(
-        [1.0, 2.0, 6.0]
-    )  # nothing below zero: no chance to be seen
-    errors = np.zeros(2)
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        truth = rng.lognormal(0.0, 1.0, 30)
-        measured = truth + rng.normal(0.0, 2.0, 30)
-        for i, guess in enumerate((shrink(list(measured)), np.maximum(measured, 0.0))):
-            errors[i] += ((np.array(guess) - truth) ** 2).sum()
-    assert errors[0] < 0.9 * errors[1]
-    alike = shrink([1.0 + x for x in (-1.4, 1.4, -1.3, 1.3)])
-    assert max(alike) - min(alike) < 2.5

@@ -46,7 +46,7 @@ def losses(rows: Sequence[Summary]) -> tuple[list[tuple[Summary, float]], str]:
     return deltas, f"ΔPPL against {against} [%]"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def axes_of(width: float, height: float) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
     from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
 
@@ -64,7 +64,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 def heatmap_figure(rows: Sequence[Summary], value: str) -> Figure | None:
     """K × V matrix of "kld" or "delta_pct"; None with fewer than two numbers."""
-    cells = {(r.k, r.v): x for r in rows if (x := heat_value(r, value)) is not None}
+    cells = {(r.k, r.v): x for r in rows if r.profile is None and (x := heat_value(r, value)) is not None}
     if len(cells) < 2:
         return None
     names = sorted({t for pair in cells for t in pair}, key=lambda t: -cache_type(t).bpv)
@@ -72,7 +72,7 @@ def heatmap_figure(rows: Sequence[Summary], value: str) -> Figure | None:
         [n for n in names if any(k == n for k, _ in cells)],
         [n for n in names if any(v == n for _, v in cells)],
     )
-    figure, axes = _figure(1.6 + 0.9 * len(vs), 1.2 + 0.55 * len(ks))
+    figure, axes = axes_of(1.6 + 0.9 * len(vs), 1.2 + 0.55 * len(ks))
     grid = [[cells.get((k, v), float("nan")) for v in vs] for k in ks]
     shown = [[level(x, value) for x in line] for line in grid]
     axes.imshow(shown, cmap="YlOrRd", vmin=0, vmax=LEVELS, aspect="auto")

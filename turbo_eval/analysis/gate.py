@@ -134,7 +134,7 @@ def _unexpected_failures(spec: GateSpec, result: GateResult) -> None:
 def _run_check(check: Check, spec: GateSpec, rows: Sequence[Summary], result: GateResult) -> None:
     matching = [row for row in rows if _matches(check, row)]
     if not matching:
-        wanted = ", ".join(check.pairs)
+        wanted = ", ".join(check.pairs) or f"profile {check.profile}"
         result.incomplete.append(f"{check.name or wanted}: no cell matches {wanted} on {check.model}.")
     for row in matching:
         _judge(check, spec, row, result)
@@ -142,8 +142,10 @@ def _run_check(check: Check, spec: GateSpec, rows: Sequence[Summary], result: Ga
 
 def _matches(check: Check, row: Summary) -> bool:
     pair = f"{row.k}:{row.v}"
+    if (row.profile is None) != (check.profile is None):
+        return False
     return (
-        any(fnmatchcase(pair, pattern) for pattern in check.pairs)
+        (any(fnmatchcase(pair, p) for p in check.pairs) or fnmatchcase(row.k, check.profile or ""))
         and fnmatchcase(row.model, check.model)
         and fnmatchcase(row.anchor, check.anchor)
         and check.recent in (None, row.window.recent)

@@ -98,6 +98,7 @@ def _with_several(rows: Sequence[Summary]) -> set[tuple[str, str]]:
 
 def _heat(rows: Sequence[Summary], value: str, title: str, form: str) -> dict[str, Any] | None:
     """K × V with a colour for the size of the loss; None with fewer than two numbers."""
+    rows = [r for r in rows if r.profile is None]
     cells = {(r.k, r.v): r for r in rows}
     if sum(figures.heat_value(r, value) is not None for r in rows) < 2:
         return None

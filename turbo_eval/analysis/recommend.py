@@ -99,6 +99,8 @@ def memory_mib(row: Summary, info: GgufInfo, ctx: int) -> float:
         if record.ok and state.kv_mib and state.ctx and record.cell.metric in ("ppl", "kld", "decode"):
             window = state.window_mib or 0.0  # of the same size at any context
             return (state.kv_mib - window) * ctx / state.ctx + window
+    if row.profile is not None:
+        return shape_mib(EXACT, info, ctx) * (row.profile.bits_k + row.profile.bits_v) / 32
     return shape_mib((row.k, row.v), info, ctx)
 
 

@@ -75,6 +75,8 @@ def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecor
 
 def _bench_rank(record: BenchRecord) -> tuple[int, float]:
     """By depth, then from many bits to few."""
+    if record.profile is not None:
+        return record.depth, -(record.profile.bits_k + record.profile.bits_v)
     return record.depth, -(cache_type(record.k).bpv + cache_type(record.v).bpv)
 
 

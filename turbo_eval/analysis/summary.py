@@ -9,6 +9,7 @@ from turbo_eval.analysis.statistics import Delta, decided, delta_ppl, table_verd
 from turbo_eval.evidence.paired import Decision
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.window import Window
+from turbo_eval.records.cell import CellProfile
 from turbo_eval.records.pairing import ERROR_RATE, MARGIN, Paired, pairing
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import EXACT, Pair, References, serves
@@ -78,12 +79,17 @@ class Summary:
         return f"{self.k}/{self.v}" + (f" window {self.window}" if self.window else "")
 
     @property
+    def profile(self) -> CellProfile | None:
+        """The KV profile that the types come from; `k` and `v` are then its name and bits."""
+        return self.records[0].cell.profile
+
+    @property
     def bpv_k(self) -> float:
-        return next((r.bpv_k for r in self.records if r.effective.k_bits), cache_type(self.k).bpv)
+        return next((r.bpv_k for r in self.records if r.effective.k_bits), self.records[0].bpv_k)
 
     @property
     def bpv_v(self) -> float:
-        return cache_type(self.v).bpv
+        return self.records[0].bpv_v
 
     @property
     def bpv(self) -> float:
@@ -128,12 +134,13 @@ def summarize(
     references = references or References.among(records, against)
     settings: dict[tuple[str, ...], dict[_Cache, list[Record]]] = {}
     for record in records:
-        cache = (record.cell.k, record.cell.v, record.cell.window)
+        cell = record.cell
+        cache = (cell.k, cell.v, cell.window, cell.profile.sha256 if cell.profile is not None else "")
         settings.setdefault(setting(record), {}).setdefault(cache, []).append(record)
     rows: list[Summary] = []
     for caches in settings.values():
-        ordered = sorted(caches.items(), key=lambda item: _rank(item[0], references.pair))
-        rows += _judged([_summary(*cache, group, references) for cache, group in ordered], margin)
+        ordered = sorted(caches.items(), key=lambda item: _rank(item[1][0], references.pair))
+        rows += _judged([_summary(*cache[:3], group, references) for cache, group in ordered], margin)
     return rows
 
 
@@ -145,14 +152,18 @@ def _judged(rows: list[Summary], margin: float) -> list[Summary]:
     return [replace(row, verdict=of.get(id(row))) for row in rows]
 
 
-_Cache = tuple[str, str, Window]
+_Cache = tuple[str, str, Window, str]  # the last is a profile's content, "": none
 
 
-def _rank(cache: _Cache, base: Pair | None) -> tuple[bool, float, float, int, int]:
+def _rank(record: Record, base: Pair | None) -> tuple[bool, float, float, int, int]:
     """The baseline first, then from many bits to few, then from a small window to a large one."""
-    k, v, window = cache
-    bits = cache_type(k).bpv, cache_type(v).bpv
-    return (k, v) != base, -sum(bits), -bits[0], window.recent, window.first
+    cell = record.cell
+    bits = (
+        (record.bpv_k, record.bpv_v)
+        if cell.profile is not None
+        else (cache_type(cell.k).bpv, cache_type(cell.v).bpv)
+    )
+    return (cell.k, cell.v) != base, -sum(bits), -bits[0], cell.recent, cell.first
 
 
 def _ppl(group: Sequence[Record]) -> Record | None:

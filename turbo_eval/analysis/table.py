@@ -77,7 +77,7 @@ def wide(rows: Sequence[Summary], column: str = "PPL") -> pd.DataFrame:
     """K × V matrix of one setting's `column` ("PPL", "ΔPPL %" or "KLD") as text; failed cells show
     their status, pairs without a cell "·"."""
 
-    frame = pd.DataFrame([_columns(row) for row in rows])
+    frame = pd.DataFrame([_columns(row) for row in rows if row.profile is None])
     frame["shown"] = [
         format_value(column, line[column]) if line["status"] == "ok" else line["status"]
         for _, line in frame.iterrows()

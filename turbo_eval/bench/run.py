@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbo_eval.anchor.profile import Cache
 from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama import output
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
 from turbo_eval.metrics import judge
-from turbo_eval.records.cell import Cell
+from turbo_eval.records.cell import Cell, CellProfile
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Effective, Record, Status
 from turbo_eval.records.reference import EXACT, serves
@@ -21,8 +22,17 @@ from turbo_eval.records.speed import BenchRecord, key_of, write_speed
 from turbo_eval.util.numbers import TokensOrAuto
 from turbo_eval.util.process import child_environment, relevant_environment, run
 
-# What is measured: K, V, the K anchor and the exact window (None: the build has none).
-Candidate = tuple[str, str, str | None, Window | None]
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured: K, V, the K anchor and the exact window (None: the build has none), or a profile."""
+
+    k: str
+    v: str
+    anchor: str | None
+    window: Window | None
+    profile: Path | None = None
+    of_cell: CellProfile | None = None
 
 
 @dataclass(frozen=True)
@@ -45,19 +55,26 @@ class BenchPlan:
     windowed: bool = False
     recent: tuple[TokensOrAuto, ...] = ("auto",)
     first: TokensOrAuto = "auto"
+    profiles: tuple[Cache, ...] = ()
 
     def candidates(self) -> list[Candidate]:
         """f16/f16 first, each once."""
         off = OFF if self.windowed else None
-        reference: Candidate = (*EXACT, None if None in self.anchors else "off", off)
-        others: list[Candidate] = [
-            (k, v, anchor, resolve(recent, self.first, k, v) if self.windowed else None)
+        reference = Candidate(*EXACT, None if None in self.anchors else "off", off)
+        others = [
+            Candidate(k, v, anchor, resolve(recent, self.first, k, v) if self.windowed else None)
             for k, v in self.pairs
             if (k, v) != EXACT
             for anchor in self.anchors
             for recent in self.recent
         ]
-        return list(dict.fromkeys([reference, *others]))
+        files = [
+            Candidate(c.k, c.v, anchor, c.window, c.profile.path, c.of_cell())
+            for c in self.profiles
+            if c.profile is not None
+            for anchor in self.anchors
+        ]
+        return list(dict.fromkeys([reference, *others, *files]))
 
 
 @dataclass(frozen=True)
@@ -112,9 +129,9 @@ def run_bench(
 
 
 def _words(plan: BenchPlan, candidate: Candidate) -> str:
-    k, v, anchor, window = candidate
-    words = f"{k}/{v}" + (f" window {window}" if window else "")
-    return f"{words} (anchor {anchor})" if len(plan.anchors) > 1 and (k, v) != EXACT else words
+    pair = candidate.k, candidate.v
+    words = "/".join(pair) + (f" window {candidate.window}" if candidate.window else "")
+    return f"{words} (anchor {candidate.anchor})" if len(plan.anchors) > 1 and pair != EXACT else words
 
 
 def _speeds(sample: _Sample) -> str:
@@ -124,12 +141,14 @@ def _speeds(sample: _Sample) -> str:
 
 def bench_argv(plan: BenchPlan, candidate: Candidate, depth: int, model: Path, build: Build) -> list[str]:
     """The llama-bench command of one run. llama-bench reads no environment variables, so all is said here."""
-    k, v, anchor, window = candidate
-    argv = [str(build.tool("llama-bench")), "-m", str(model), "-ctk", k, "-ctv", v, "-fa", "on"]
-    if anchor is not None:
-        argv += ["--kv-anchor", anchor]
-    if window is not None:
-        argv += ["--kv-recent", str(window.recent), "--kv-first", str(window.first)]
+    types = ["-ctk", candidate.k, "-ctv", candidate.v]
+    if candidate.profile is not None:
+        types = ["--kv-profile", str(candidate.profile)]
+    argv = [str(build.tool("llama-bench")), "-m", str(model), *types, "-fa", "on"]
+    if candidate.anchor is not None:
+        argv += ["--kv-anchor", candidate.anchor]
+    if candidate.window is not None:
+        argv += ["--kv-recent", str(candidate.window.recent), "--kv-first", str(candidate.window.first)]
     argv += ["-p", str(plan.prompt), "-n", str(plan.gen), "-d", str(depth), "-r", "1"]
     argv += ["-t", str(plan.threads), "-o", "jsonl", "-v"]
     return argv + backend(plan.backend).bench_flags()
@@ -138,7 +157,7 @@ def bench_argv(plan: BenchPlan, candidate: Candidate, depth: int, model: Path, b
 def _run_once(
     plan: BenchPlan, candidate: Candidate, depth: int, model: ModelFile, build: Build, folder: Path
 ) -> _Sample:
-    k, v, anchor, window = candidate
+    k, v, anchor, window = candidate.k, candidate.v, candidate.anchor, candidate.window
     argv = bench_argv(plan, candidate, depth, model.path, build)
     env, _ = child_environment()
     wide = f".w{window}" if window else ""
@@ -162,6 +181,7 @@ def _run_once(
             anchor=anchor or "off",
             recent=window.recent if window else 0,
             first=window.first if window else 0,
+            profile=candidate.of_cell,
             backend=plan.backend,
             tree=build.tree,
         )
@@ -202,7 +222,7 @@ def _record(
     build: Build,
     provenance: Provenance,
 ) -> BenchRecord:
-    k, v, anchor, window = candidate
+    k, v, anchor, window = candidate.k, candidate.v, candidate.anchor, candidate.window
     own, exact = samples[candidate], samples[plan.candidates()[0]]
     fault = next((s.fault for s in own if s.fault), None)
     identity = {
@@ -218,6 +238,7 @@ def _record(
         "tree": build.tree,
         "env": relevant_environment(),
         **({"recent": window.recent, "first": window.first} if window else {}),
+        **({"profile": candidate.of_cell.model_dump()} if candidate.of_cell is not None else {}),
     }
 
     def speeds(of: Sequence[_Sample], name: str) -> tuple[float, ...]:
@@ -256,7 +277,7 @@ def quality(record: BenchRecord, known: Sequence[Record]) -> Record | None:
         if r.ok
         and r.cell.metric in ("kld", "ppl")
         and (r.cell.model_sha256, r.cell.k, r.cell.v) == (record.model_sha256, record.k, record.v)
-        and (r.cell.recent, r.cell.first) == (record.recent, record.first)
+        and (r.cell.recent, r.cell.first, r.cell.profile) == (record.recent, record.first, record.profile)
         and (r.cell.tree, r.cell.backend, r.cell.env) == (record.tree, record.backend, record.env)
         and r.machine == record.provenance.machine.id
         and (r.cell.anchor == record.anchor or (record.anchor in ("auto", "off") and serves(r)))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from turbo_eval.analysis.figures import save, speed_figure
 from turbo_eval.analysis.staleness import moved_on
+from turbo_eval.anchor.profile import fitting_profiles, read_profiles, windowed_profiles
 from turbo_eval.bench.run import UNVERIFIED, BenchPlan, pair_label, quality, quality_words, run_bench
 from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
@@ -70,6 +71,7 @@ def bench(
         str | None, typer.Option(help="Random weights of a shape: 8b, 1b, tiny or layers=…,heads=…")
     ] = None,
     pairs: Annotated[str, typer.Option("--pairs", "-p", help="K:V,K:V,…")] = PAIRS,
+    profile: o.Profiles = None,
     depths: Annotated[str, typer.Option(help="Tokens in the cache before the test.")] = "0,4096",
     prompt: Prompt = 256,
     gen: Gen = 32,
@@ -95,6 +97,10 @@ def bench(
     file = resolve_model(str(synthetic_model(parse_shape(synthetic))) if synthetic else model or "")
     for pair in wanted:
         check_blocks(file, pair)
+    files = read_profiles([str(p) for p in profile or ()], build)
+    fit = fitting_profiles(files, file)
+    for other in (f for f in files if f not in fit):
+        raise UsageError(f"profile {other.path} is for another model than {file.name}", "name its model")
     places = tuple(int(depth) for depth in n.several("--depths", depths, n.DEPTH))
     o.warn(beyond_training(file, max(places) + prompt + gen), moved_on(build))
     anchors = check_anchors(tuple(o.split(anchor) or ()) or None, build)
@@ -114,6 +120,7 @@ def bench(
         windowed=capabilities(build).kv_window,
         recent=sizes,
         first=begin,
+        profiles=tuple(windowed_profiles(sizes, begin, fit)),
     )
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)

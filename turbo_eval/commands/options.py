@@ -29,6 +29,14 @@ Pairs = Annotated[
     str | None,
     typer.Option("--pairs", "-p", help="K:V,K:V,… e.g. q8_0:turbo3,turbo4:turbo4.", show_default=False),
 ]
+Profiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--profile",
+        help="A KV profile (see `turbo-eval tune`), measured like a pair; may be repeated.",
+        show_default=False,
+    ),
+]
 KTypes = Annotated[
     str | None, typer.Option("--k", help="K types, with --v: every combination.", show_default=False)
 ]
@@ -267,8 +275,8 @@ def load_spec(config: Path | None, given: dict[str, Any]) -> Any:
         UsageError: bad config, or neither a config nor pairs.
     """
 
-    if config is None and not any(key in given for key in ("pairs", "k", "v")):
-        raise UsageError("nothing to sweep", "give a config such as configs/demo.toml, or --pairs")
+    if config is None and not any(key in given for key in ("pairs", "k", "v", "profiles")):
+        raise UsageError("nothing to sweep", "give a config such as configs/demo.toml, --pairs or --profile")
     return sweep_spec(merged(config, given), str(config) if config else "options")
 
 

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
     )(probe)
 
 
-SETTINGS = "backend=,k=,v=,anchor=,recent=,first=,bin=,env.NAME="
+SETTINGS = "backend=,k=,v=,profile=,anchor=,recent=,first=,bin=,env.NAME="
 
 
 def probe(

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from turbo_eval.analysis.ladder import Ladder, Windows, Wish
 from turbo_eval.analysis.recommend import Bound, Candidate, best, oddities
 from turbo_eval.analysis.recommend import recommend as rank
 from turbo_eval.analysis.staleness import moved_on
+from turbo_eval.analysis.summary import Summary
 from turbo_eval.commands import options as o
 from turbo_eval.formats.window import resolve
 from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
@@ -218,15 +220,26 @@ def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> s
 
     row = candidate.row
     cache = Cache(row.k, row.v, anchor=row.anchor, window=row.window)
+    if row.profile is not None:
+        cache = Cache(profile=_profile(row), anchor=row.anchor, window=row.window)
     return shlex.join(server_argv(build, file.path, cache, ctx=ctx))
 
 
 def serve_line(candidate: Candidate, name: str, bound: Bound, ctx: int) -> str:
     """The same through `turbo-eval serve`."""
     row = candidate.row
+    if row.profile is not None:
+        return shlex.join(["turbo-eval", "serve", name, "--profile", str(_profile(row)), "--ctx", str(ctx)])
     own = row.window == resolve(AUTO, AUTO, row.k, row.v) and row.anchor in (AUTO, "")
     what = ["--pair", f"{row.k}:{row.v}"] if own else said_of_bound(bound)
     return shlex.join(["turbo-eval", "serve", name, *what, "--ctx", str(ctx)])
+
+
+def _profile(row: Summary) -> Path:
+    """It lies where it lay when it was measured."""
+    said = next((p for r in row.records for a in r.run.argv if (p := a.partition("profile=")[2])), "")
+    argv = row.records[0].run.argv
+    return Path(argv[argv.index("--kv-profile") + 1] if "--kv-profile" in argv else said or row.k)
 
 
 def _print(

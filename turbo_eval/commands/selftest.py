@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +12,10 @@ from rich.markup import escape
 from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.window import Window, sized
+from turbo_eval.inputs.kv_profile import NO_CACHE, read_profile
 from turbo_eval.llama.backends import backend as find_backend
 from turbo_eval.selftest import Selftest
-from turbo_eval.selftest.checks import all_checks
+from turbo_eval.selftest.checks import ROTATIONS, all_checks
 from turbo_eval.selftest.partition import LARGEST
 
 
@@ -29,6 +31,8 @@ def register(app: typer.Typer) -> None:
           turbo-eval selftest --backend cuda --failures
 
           turbo-eval selftest --only window --recent 256
+
+          turbo-eval selftest --kv-profile my.kv-profile.gguf
         """
     )(selftest)
 
@@ -54,6 +58,17 @@ def _window(recent: str, first: str) -> Window:
     return window
 
 
+def _needed(profile: Path) -> set[str]:
+    """The types and K:V pairs of a profile's layers, and the sizes of rotation.
+
+    Raises:
+        UsageError: it is no profile.
+    """
+    found = read_profile(profile).profile
+    layers = [(k, v) for k, v in zip(found.k, found.v, strict=True) if NO_CACHE not in (k, v)]
+    return {*(t for pair in layers for t in pair), *(f"{k}:{v}" for k, v in layers), *map(str, ROTATIONS)}
+
+
 def selftest(
     backend: Annotated[str, typer.Option(help="cpu, metal or cuda.")] = "cpu",
     device: Annotated[
@@ -62,6 +77,14 @@ def selftest(
     only: Annotated[str, typer.Option(help="Only checks with this in their name, e.g. turbo4.")] = "",
     recent: Recent = "auto",
     first: First = "auto",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--kv-profile",
+            help="Only what a KV profile needs: its types, and attention with each layer's K and V.",
+            show_default=False,
+        ),
+    ] = None,
     failures: Annotated[bool, typer.Option("--failures", help="Print failing lines only.")] = False,
     bin_dir: o.BinDir = None,
 ) -> None:
@@ -70,6 +93,9 @@ def selftest(
     names = [name for name in all_checks(window) if only in name]
     if not names:
         raise UsageError(f"no check has {only!r} in its name", "run `turbo-eval selftest` to see them")
+    if profile is not None:
+        needed = _needed(profile)
+        names = [name for name in names if name.split()[-1] in needed]
     console = Console(soft_wrap=True, highlight=False)
     words = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]none[/dim]"}
     counts = {True: 0, False: 0, None: 0}

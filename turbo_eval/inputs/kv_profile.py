@@ -6,6 +6,7 @@ where all that comes from. llama.cpp checks every value (src/llama-kv-profile.cp
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,22 @@ class Profile:
     predicted: float | None = None
     held_out: float | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """A profile on disk. `name` for people: the file's, without its endings; `shape`: of the model it is for.
+
+    `types_k` and `types_v` are the types by layer as llama.cpp prints them.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    shape: ModelShape
+    profile: Profile
+    types_k: str
+    types_v: str
 
 
 def fnv1a(data: bytes) -> int:
@@ -139,6 +156,93 @@ def read_promise(path: Path) -> Promise:
 def read_statistics(path: Path) -> dict[str, NDArray[np.float16]]:
     """The tensors of a calibration file (see calibrate.py)."""
     return {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
+
+
+def types_text(types: Sequence[str]) -> str:
+    """As llama.cpp prints types by layer: "turbo4:0,3-5 turbo3:1-2", or the one type that all have."""
+    order = [t for t in dict.fromkeys(types) if t != NO_CACHE]
+    if len(order) == 1:
+        return order[0]
+    parts = []
+    for name in order:
+        runs: list[list[int]] = []
+        for layer in (i for i, t in enumerate(types) if t == name):
+            if runs and runs[-1][1] == layer - 1:
+                runs[-1][1] = layer
+            else:
+                runs.append([layer, layer])
+        parts.append(f"{name}:" + ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs))
+    return " ".join(parts)
+
+
+SUFFIX = ".kv-profile.gguf"
+_SEE, _AGAIN = "see `turbo-eval tune`", "make it again with `turbo-eval tune`"
+
+
+def read_profile(path: Path) -> ProfileFile:
+    """Read what the harness needs to know; llama.cpp checks the rest when it loads the file.
+
+    Raises:
+        UsageError: not there, no profile, of another version, or without a type for every layer.
+    """
+    try:
+        data = path.read_bytes()
+        reader = GGUFReader(path)
+        said = {key: f.contents() for key, f in reader.fields.items()}
+    except OSError as error:
+        raise UsageError(f"profile {path} cannot be read: {error.strerror}", _SEE) from None
+    except (ValueError, IndexError, KeyError, TypeError):
+        raise UsageError(f"{path} is no GGUF file", _SEE) from None
+    if said.get("general.type") != "kv_profile":
+        raise UsageError(f"{path} is no KV profile", _SEE)
+    version = said.get("kv_profile.version")
+    if version != VERSION:
+        raise UsageError(
+            f"{path} is a KV profile of version {version}, this turbo-eval reads {VERSION}",
+            _AGAIN,
+        )
+    try:
+        shape = ModelShape(
+            str(said["kv_profile.model.architecture"]),
+            int(said["kv_profile.model.n_params"]),
+            int(said["kv_profile.model.fingerprint"]),
+            len(said["kv_profile.type_k"]),
+        )
+        prefix = "kv_profile."
+        fixed = {"model.architecture", "type_recent"}
+        profile = Profile(
+            k=tuple(said["kv_profile.type_k"]),
+            v=tuple(said["kv_profile.type_v"]),
+            recent=int(said["kv_profile.recent"]),
+            first=int(said["kv_profile.first"]),
+            recent_type=str(said["kv_profile.type_recent"]),
+            statistics=read_statistics(path),
+            bits=_float(said.get("kv_profile.bits_per_value")),
+            predicted=_float(said.get("kv_profile.kld.predicted")),
+            held_out=_float(said.get("kv_profile.kld.held_out")),
+            provenance={
+                key.removeprefix(prefix): str(value)
+                for key, value in said.items()
+                if key.startswith(prefix) and isinstance(value, str) and key.removeprefix(prefix) not in fixed
+            },
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"profile {path} lacks {error}", _AGAIN) from None
+    if len(profile.k) != len(profile.v) or not shape.n_layer:
+        raise UsageError(f"profile {path} has no type for every layer", _AGAIN)
+    return ProfileFile(
+        path=path,
+        name=path.name.removesuffix(".gguf").removesuffix(".kv-profile"),
+        sha256=hashlib.sha256(data).hexdigest(),
+        shape=shape,
+        profile=profile,
+        types_k=types_text(profile.k),
+        types_v=types_text(profile.v),
+    )
+
+
+def _float(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def write_profile(profile: Profile, model: ModelShape, out: Path) -> None:

@@ -41,6 +41,9 @@ _WINDOW = re.compile(
     r"exact window: (?:off|recent (\d+), first (\d+), type (\w+), \d+ cells/seq, ([\d.]+) MiB;"
     r" [\d.]+ bits per value, ([\d.]+) with the window)"
 )
+# llama_kv_cache: types: 3.250 bits per value, K 3.583 (turbo4:0,3-5 turbo3:1-2), V 2.917 (turbo3)
+_TYPES = re.compile(r"types: [\d.]+ bits per value, K ([\d.]+) \((.*?)\), V ([\d.]+) \((.*?)\)")
+OF_PROFILE = "profile"  # in place of a type, where the types differ by layer
 _CONFIG_FILE = re.compile(r"^using config file: (.+)$", re.M)
 
 _TOTAL = re.compile(r"over (\d+) chunks, n_ctx=(\d+)")
@@ -86,6 +89,10 @@ def parse_effective(text: str) -> Effective:
     windows = _WINDOW.findall(text)
     window = windows[-1] if windows else ("",) * 5
     window_mib = sum(float(w[3] or 0) for w in windows)
+    of_profile = any(c[3] == OF_PROFILE for c in caches)
+    types = next(iter(_TYPES.findall(text)), None) if of_profile else None
+    if types is not None:
+        bits = [types[0]]
     return Effective(
         k="+".join(dict.fromkeys(c[3] for c in caches)) or None,
         v="+".join(dict.fromkeys(c[5] for c in caches)) or None,
@@ -99,6 +106,9 @@ def parse_effective(text: str) -> Effective:
         flash_attn=_flash_state(flash, flash_auto),
         anchor=anchors[-1] if anchors else None,
         k_bits=float(bits[-1]) if bits else None,
+        v_bits=float(types[2]) if types else None,
+        types_k=types[1] if types else None,
+        types_v=types[3] if types else None,
         recent=int(window[0] or 0) if windows else None,
         first=int(window[1] or 0) if windows else None,
         window_type=window[2] or None,

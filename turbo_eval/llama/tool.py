@@ -22,13 +22,14 @@ KV_EVAL = "llama-kv-eval"
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Cache types that the tool's --help lists, whether it has --kv-anchor and --kv-recent, and whether
-    llama-kv-eval lies beside it."""
+    """Cache types that the tool's --help lists; whether it has --kv-anchor, --kv-recent and --kv-profile, and
+    whether llama-kv-eval lies beside it."""
 
     cache_types: frozenset[str]
     kv_anchor: bool
     kv_window: bool
     kv_eval: bool = False
+    kv_profile: bool = False
 
 
 def capabilities(build: Build) -> Capabilities:
@@ -55,9 +56,15 @@ def _capabilities(tool: Path) -> Capabilities:
         reason = text.strip().splitlines()[-1] if text.strip() else f"exit code {done.returncode}"
         raise EnvironmentProblem(f"{tool} --help names no cache types: {reason}", "rebuild it")
     names = frozenset(t.strip() for t in types[1].split(",") if t.strip())
-    able = {option: f"--kv-{option}" in text for option in ("anchor", "recent")}
-    kv_eval = all(able.values()) and tool.with_name(KV_EVAL).is_file()
-    return Capabilities(names, kv_anchor=able["anchor"], kv_window=able["recent"], kv_eval=kv_eval)
+    able = {option: f"--kv-{option}" in text for option in ("anchor", "recent", "profile")}
+    kv_eval = able["anchor"] and able["recent"] and tool.with_name(KV_EVAL).is_file()
+    return Capabilities(
+        names,
+        kv_anchor=able["anchor"],
+        kv_window=able["recent"],
+        kv_eval=kv_eval,
+        kv_profile=able["profile"],
+    )
 
 
 def check_window(recent: Iterable[TokensOrAuto], first: TokensOrAuto, build: Build) -> None:
@@ -102,6 +109,7 @@ def perplexity_argv(
     corpus: Path,
     threads: int,
     anchor: str | Path | None = None,
+    profile: Path | None = None,
     logits_out: Path | None = None,
     logits_base: Path | None = None,
 ) -> list[str]:
@@ -109,12 +117,14 @@ def perplexity_argv(
 
     Args:
         anchor: value for --kv-anchor; None leaves the flag out.
+        profile: value for --kv-profile, in place of the cell's types.
         logits_out: write the run's log-probabilities there.
         logits_base: compare with the log-probabilities there (KL divergence); the text is then
             taken from that file.
     """
     argv = [str(build.tool("llama-perplexity")), *_text(cell, model, corpus, cell.chunks)]
-    argv += ["-ctk", cell.k, "-ctv", cell.v, *_how(cell, threads)]
+    argv += ["--kv-profile", str(profile)] if profile is not None else ["-ctk", cell.k, "-ctv", cell.v]
+    argv += _how(cell, threads)
     if anchor is not None:
         argv += ["--kv-anchor", str(anchor)]
     if capabilities(build).kv_window:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,7 @@ class Options(BaseModel):
 class Job:
     """A cell and where its inputs lie. `anchor` is the value for --kv-anchor, None: no flag.
 
+    `profile`: the file that the cell's types come from.
     `writes_base`: the run also leaves the base that KL divergences of this sweep are taken against.
     """
 
@@ -42,6 +44,7 @@ class Job:
     corpus: CorpusFile
     anchor: str | None
     writes_base: bool = False
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class DecodePath(Metric):
             corpus=job.corpus.path,
             threads=bench.threads,
             anchor=job.anchor,
+            profile=job.profile,
         )
         outcome, run_info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)
         result, effective, fault = judged(cell, outcome, bench.timeout)

@@ -65,6 +65,8 @@ class Generation(Metric):
                 in_file = Path(job.anchor).is_file()
                 env["LLAMA_ARG_KV_ANCHOR"] = str(Path(job.anchor).resolve()) if in_file else job.anchor
             env["LLAMA_ARG_KV_RECENT"], env["LLAMA_ARG_KV_FIRST"] = str(cell.recent), str(cell.first)
+            if job.profile is not None:
+                env["LLAMA_ARG_KV_PROFILE"] = str(job.profile.resolve())
             log = bench.store.log_path(cell)
             outcome = run(
                 argv,
@@ -93,8 +95,9 @@ class Generation(Metric):
             "metric": cell.metric,
             "model": str(job.model.path.resolve()),
             "corpus": str(job.corpus.path.resolve()),
-            "k": cell.k,
-            "v": cell.v,
+            # a profile's types are in its file; f16 is what the library takes for "not given"
+            "k": cell.k if cell.profile is None else "f16",
+            "v": cell.v if cell.profile is None else "f16",
             "n_ctx": -(-self.context(cell) // 256) * 256,
             "need_tokens": self.text(cell),
             "threads": bench.threads,

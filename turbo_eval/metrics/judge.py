@@ -32,7 +32,11 @@ def judge_process(outcome: Outcome, timeout: float | None) -> Fault | None:
 
 def judge_state(cell: Cell, effective: Effective) -> Fault | None:
     """What runs against what was asked for, if they differ."""
-    for side, asked, got in (("K", cell.k, effective.k), ("V", cell.v, effective.v)):
+    wanted, ran = (cell.k, cell.v), (effective.k, effective.v)
+    if cell.profile is not None:
+        wanted = cell.profile.types_k, cell.profile.types_v
+        ran = effective.types_k or effective.k, effective.types_v or effective.v
+    for side, asked, got in zip("KV", wanted, ran, strict=True):
         if got is None:
             return "type-mismatch", f"llama.cpp did not say which {side} type it runs"
         if got != asked:
@@ -46,9 +50,9 @@ def judge_state(cell: Cell, effective: Effective) -> Fault | None:
         return "state-mismatch", f"the K anchor was to be off but is {effective.anchor}"
     if cell.anchor not in ("off", "auto") and anchor != "on":
         return "state-mismatch", f"the K anchor was to be {cell.anchor} but is {anchor or 'not reported'}"
-    ran = Window(effective.recent or 0, effective.first or 0)
-    if ran != cell.window:
-        return "state-mismatch", f"the exact window was to be {cell.window} but is {ran}"
+    window = Window(effective.recent or 0, effective.first or 0)
+    if window != cell.window:
+        return "state-mismatch", f"the exact window was to be {cell.window} but is {window}"
     if effective.config_files:
         return "state-mismatch", f"llama.cpp also read options from {effective.config_files[0]}"
     return _judge_device(cell, effective)

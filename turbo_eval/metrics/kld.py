@@ -71,6 +71,7 @@ class KlDivergence(Metric):
             corpus=job.corpus.path,
             threads=bench.threads,
             anchor=job.anchor,
+            profile=job.profile,
             logits_base=base,
         )
         outcome, run_info = execute(cell, argv, bench, bench.store.log_path(cell), on_progress)

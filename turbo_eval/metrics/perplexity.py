@@ -34,6 +34,7 @@ class Perplexity(Metric):
             corpus=job.corpus.path,
             threads=bench.threads,
             anchor=job.anchor,
+            profile=job.profile,
         )
         outcome, run_info = execute(job.cell, argv, bench, bench.store.log_path(job.cell), on_progress)
         return conclude(job.cell, outcome, run_info, bench)

@@ -14,6 +14,7 @@ from turbo_eval.errors import RegressionError, UsageError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.formats.codec import readable
 from turbo_eval.formats.window import OFF, Window, resolve
+from turbo_eval.inputs.kv_profile import NO_CACHE, read_profile
 from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build, find_build
 from turbo_eval.llama.output import last_error
@@ -27,12 +28,16 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Setup:
-    """One side: `backend=cpu,k=turbo4,v=turbo3,anchor=off,recent=128,first=4,bin=DIR,env.NAME=VALUE`."""
+    """One side: `backend=cpu,k=turbo4,v=turbo3,anchor=off,recent=128,first=4,bin=DIR,env.NAME=VALUE`.
+
+    `profile=FILE` in place of `k` and `v`: the types of a KV profile.
+    """
 
     text: str
     backend: str = "cpu"
     k: str = "f16"
     v: str = "f16"
+    profile: str = ""
     anchor: str = ""
     window: Window = OFF
     bin_dir: str = ""
@@ -54,16 +59,24 @@ class Setup:
                 env[key.removeprefix("env.")] = value
             elif equals and key in sizes:
                 sizes[key] = tokens_or_auto(f"{key}= in {text!r}", value)[0]
-            elif equals and key in ("backend", "k", "v", "anchor", "bin"):
+            elif equals and key in ("backend", "k", "v", "profile", "anchor", "bin"):
                 known["bin_dir" if key == "bin" else key] = value
             else:
                 raise UsageError(
                     f"{part!r} in {text!r} is no setting",
-                    "write backend=, k=, v=, anchor=, recent=, first=, bin=, env.NAME=, separated by commas",
+                    "write backend=, k=, v=, profile=, anchor=, recent=, first=, bin= or env.NAME=,"
+                    " separated by commas",
                 )
         backend(known.get("backend", "cpu"))
-        for side in ("k", "v"):
-            name = cache_type(known.get(side, "f16")).name
+        types = [known.get(side, "f16") for side in ("k", "v")]
+        if "profile" in known:
+            if "k" in known or "v" in known:
+                raise UsageError(
+                    f"{text!r} names types and a profile, which has types", "leave k= and v= out"
+                )
+            profile = read_profile(Path(known["profile"])).profile
+            types = [t for t in {*profile.k, *profile.v} if t != NO_CACHE]
+        for name in (cache_type(t).name for t in types):
             if not readable(name):
                 raise UsageError(
                     f"the probe cannot read a cache of {name}: neither gguf nor turbo-eval knows its blocks",
@@ -133,7 +146,8 @@ def take(
     tool = build.tool(TOOL)
     out, log = folder / f"{name}.gguf", folder / f"{name}.log"
     argv: list[str | Path] = [tool, "-m", model, "-f", text, "-c", str(tokens), "-o", out]
-    argv += ["-ctk", setup.k, "-ctv", setup.v, "-fa", "on", "-t", str(threads), "-fit", "off"]
+    argv += ["--kv-profile", setup.profile] if setup.profile else ["-ctk", setup.k, "-ctv", setup.v]
+    argv += ["-fa", "on", "-t", str(threads), "-fit", "off"]
     argv += backend(setup.backend).device_flags()
     check_window([setup.window.recent], setup.window.first, build)
     if capabilities(build).kv_window:

@@ -48,7 +48,7 @@ def conclusion(result: Probed) -> list[str]:
     if not result.faulty:
         lines.append("Every step follows from the one before it, within what the types cost.")
     same = [d for d in result.differences if d.same_k is not None or d.same_v is not None]
-    if same and result.a.k == result.b.k and result.a.v == result.b.v:
+    if same and (result.a.k, result.a.v, result.a.profile) == (result.b.k, result.b.v, result.b.profile):
         first_other = next((d.layer for d in same if d.same_k != 1 or d.same_v != 1), None)
         lines.append(
             "All cache bytes are the same on both sides."

@@ -22,10 +22,25 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class CellProfile(Frozen):
+    """The KV profile (docs/explanation/kv-profile.md) that a cell's types come from.
+
+    `types_k` and `types_v` are the types by layer as llama.cpp prints them ("turbo4:0,3-5 turbo3:1-2"),
+    `bits_k` and `bits_v` their means per value.
+    """
+
+    sha256: str
+    types_k: str
+    types_v: str
+    bits_k: float
+    bits_v: float
+
+
 class Cell(Frozen):
     """One measurement that is asked for. Sizes in tokens.
 
-    `recent` and `first` are the exact window's sizes; 0 and 0: none.
+    `recent` and `first` are the exact window's sizes; 0 and 0: none. With a `profile`, `k` is the name of its
+    file and `v` its bits, for people to read.
     `env` holds the GGML_* and LLAMA_* variables in force; `options` the metric's own settings.
     `engine` is part of the identity where it moves the number: llama-perplexity leaves tokens that f16 finds
     less likely than e^-16 out of a KL divergence, and has two tokens in a micro-batch where decoding has one.
@@ -48,6 +63,7 @@ class Cell(Frozen):
     anchor_sha256: str = ""
     recent: int = 0
     first: int = 0
+    profile: CellProfile | None = None
     backend: str
     tree: str
     env: dict[str, str] = Field(default_factory=dict)
@@ -108,6 +124,10 @@ class Cell(Frozen):
         for name in _WINDOW:  # a cell without a window has the key that it had before there were any
             if data.get(name) == 0:
                 del data[name]
+        if self.profile is None:  # the same for profiles
+            data.pop("profile", None)
+        elif "profile" in data:  # its content stands for its name and all that follows from it
+            data |= {"k": "", "v": "", "profile": self.profile.sha256}
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -118,5 +138,5 @@ _NAMES = frozenset({"model", "corpus"})
 _MEASURE = frozenset({"metric", "options", "engine"})
 _OF_ENGINE = frozenset({"kld", "decode"})  # metrics whose number depends on the engine
 _WINDOW = frozenset({"recent", "first"})
-_PAIR = _WINDOW | {"k", "v"}
+_PAIR = _WINDOW | {"k", "v", "profile"}
 _CACHE = _PAIR | {"anchor", "anchor_sha256"}

@@ -42,6 +42,7 @@ class Effective(Frozen):
     stays on the GPU has a handful, one that falls back has at least one a layer. `anchor` is "off" or
     "on (…)" as printed; `gpu` its lines on the GPU's
     compute capability or family; `k_bits` the mean bits per K value where the anchor mixes types over layers.
+    `types_k`, `types_v` are the types by layer, `v_bits` the mean bits per V value, of a KV profile.
     `recent`, `first` are the exact window's sizes in tokens (0: off), `window_type` its type, `window_mib`
     its size, which `kv_mib` includes, `window_bits` the bits per value of the whole cache, window counted.
     """
@@ -58,6 +59,9 @@ class Effective(Frozen):
     flash_attn: bool | None = None
     anchor: str | None = None
     k_bits: float | None = None
+    v_bits: float | None = None
+    types_k: str | None = None
+    types_v: str | None = None
     recent: int | None = None
     first: int | None = None
     window_type: str | None = None
@@ -225,11 +229,15 @@ class Record(Frozen):
     @property
     def bpv_k(self) -> float:
         """Bits per K value: as run where llama.cpp says so, else the type's."""
+        if self.cell.profile is not None:
+            return self.cell.profile.bits_k
         return self.effective.k_bits or cache_type(self.cell.k).bpv
 
     @property
     def bpv_v(self) -> float:
         """Bits per V value."""
+        if self.cell.profile is not None:
+            return self.cell.profile.bits_v
         return cache_type(self.cell.v).bpv
 
     def row(self) -> dict[str, Any]:
@@ -249,6 +257,7 @@ class Record(Frozen):
             "anchor": cell.anchor,
             "recent": cell.recent,
             "first": cell.first,
+            "profile_sha256": cell.profile.sha256 if cell.profile is not None else None,
             "backend": cell.backend,
             "status": self.status,
             "detail": self.detail,
@@ -280,6 +289,10 @@ class Record(Frozen):
         for name in ("figures", "by_chunk", "tokens"):
             if not data[name]:
                 del data[name]
+        if self.cell.profile is None:
+            del data["cell"]["profile"]
+            for name in ("v_bits", "types_k", "types_v"):
+                del data["effective"][name]
         if not self.provenance.types:
             del data["provenance"]["types"]
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

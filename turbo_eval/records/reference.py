@@ -17,7 +17,7 @@ from turbo_eval.records.store import Store
 
 Pair = tuple[str, str]
 EXACT: Pair = ("f16", "f16")
-_F16: dict[str, Any] = {"k": "f16", "v": "f16", "recent": 0, "first": 0}
+_F16: dict[str, Any] = {"k": "f16", "v": "f16", "recent": 0, "first": 0, "profile": None}
 # "auto" leaves a K of 16 bits alone; what ran is read back, see `serves`.
 _ANCHORS_OFF = ("off", "auto")
 # A perplexity comes from a plain run, or from a KL run, which prints it too.
@@ -41,7 +41,9 @@ def exact_generation_cell(cell: Cell) -> Cell:
 
 def is_exact(cell: Cell) -> bool:
     """Is it asked for as a reference would be?"""
-    return (cell.k, cell.v) == EXACT and cell.anchor in _ANCHORS_OFF and not cell.window
+    return (
+        (cell.k, cell.v) == EXACT and cell.anchor in _ANCHORS_OFF and not cell.window and cell.profile is None
+    )
 
 
 def serves(record: Record) -> bool:
@@ -68,7 +70,7 @@ def candidates(cell: Cell, against: Pair | None = None) -> tuple[Cell, ...]:
         places = [base.model_copy(update={"anchor": anchor}) for anchor in _ANCHORS_OFF]
     else:
         assert against is not None
-        own = text.model_copy(update={"k": against[0], "v": against[1]})
+        own = text.model_copy(update={"k": against[0], "v": against[1], "profile": None})
         places = [own, *([own.model_copy(update={"recent": 0, "first": 0})] if own.window else [])]
     metrics = sorted(_BATCHED, key=lambda metric: metric != cell.metric)
     return tuple(place.model_copy(update={"metric": metric}) for metric in metrics for place in places)

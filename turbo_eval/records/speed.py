@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from turbo_eval.formats.cache_types import learn
+from turbo_eval.records.cell import CellProfile
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Effective, Status
 from turbo_eval.records.store import warn_once
@@ -44,6 +45,7 @@ class BenchRecord(BaseModel):
     anchor: str
     recent: int = 0
     first: int = 0
+    profile: CellProfile | None = None
     tree: str
     env: dict[str, str]
     status: Status
@@ -107,6 +109,8 @@ def write_speed(folder: Path, record: BenchRecord) -> Path:
     data = record.model_dump(mode="json")
     if not record.provenance.types:
         del data["provenance"]["types"]
+    if record.profile is None:
+        del data["profile"]
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

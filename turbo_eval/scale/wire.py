@@ -23,7 +23,7 @@ class _Message(BaseModel):
 class Need(_Message):
     """A file, known by its content. `name` is for people and for the registry."""
 
-    kind: Literal["model", "corpus", "anchor"]
+    kind: Literal["model", "corpus", "anchor", "profile"]
     name: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size: int

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbo_eval.anchor.profile import Cache, fitting_profiles, read_profiles, windowed_profiles
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.formats.window import OFF, Window, resolve
+from turbo_eval.formats.window import OFF, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
@@ -57,28 +58,41 @@ def make_plan(spec: SweepSpec, build: Build, *, download: bool = True) -> Plan:
     kv_anchor = capabilities(build).kv_anchor
     check_window(spec.recent, spec.first, build)
     _check_engine(spec, build)
+    profiles = read_profiles(spec.profiles, build)
+    fitting = dict.fromkeys(spec.profiles, False)
     jobs: list[Job] = []
     notes: list[str] = []
     for name in spec.models:
         model = resolve_model(name, download=download)
         for pair in pairs:
             check_blocks(model, pair)
+        own = fitting_profiles(profiles, model)
+        fitting |= {str(p.path): True for p in own}
         notes += [note for ctx in spec.ctx if (note := beyond_training(model, ctx))]
         for ctx in spec.ctx:
             if adds_reference(spec, anchors):
-                cell = _cell(spec, METRICS["ppl"], model, corpus, *EXACT, ctx, "off", OFF, build, env)
+                cell = _cell(spec, METRICS["ppl"], model, corpus, Cache(*EXACT), ctx, "off", build, env)
                 flag = "off" if kv_anchor else None
                 writes_base = "kld" in spec.metrics and cell.engine == "llama-perplexity"
                 jobs.append(Job(cell, model, corpus, flag, writes_base=writes_base))
             for metric in wanted_metrics(spec.metrics):
                 for anchor in anchors:
-                    for k, v, window in windowed_pairs(spec, metric, build):
-                        cell = _cell(spec, metric, model, corpus, k, v, ctx, anchor, window, build, env)
-                        jobs.append(Job(cell, model, corpus, anchor if kv_anchor else None))
+                    for cache in [
+                        *windowed_pairs(spec, metric, build),
+                        *windowed_profiles(spec.recent, spec.first, own),
+                    ]:
+                        cell = _cell(spec, metric, model, corpus, cache, ctx, anchor, build, env)
+                        file = cache.profile.path if cache.profile is not None else None
+                        jobs.append(Job(cell, model, corpus, anchor if kv_anchor else None, profile=file))
                         exact = metric.exact(cell)
                         if exact is not None and exact != cell:
                             at = len(jobs) - 1  # before what is compared with it
                             jobs.insert(at, Job(exact, model, corpus, exact.anchor if kv_anchor else None))
+    for path in (path for path, fits in fitting.items() if not fits):
+        raise UsageError(
+            f"profile {path} is for another model than {', '.join(spec.models)}",
+            "name its model, or make a profile with `turbo-eval tune`",
+        )
     unique = {job.cell.key(): job for job in reversed(jobs)}
     kept = [job for job in jobs if unique.get(job.cell.key()) is job]
     return Plan(spec, build, tuple(kept), spec.threads or os.cpu_count() or 1, tuple(notes))
@@ -130,12 +144,12 @@ def ordered_pairs(spec: SweepSpec, metric: Metric = METRICS["ppl"]) -> list[tupl
     return list(dict.fromkeys([*first, *spec.pairs]))
 
 
-def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[tuple[str, str, Window]]:
+def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[Cache]:
     """The pairs in their order, each with the exact windows that are asked for; without one where the build
     has none."""
     able = capabilities(build).kv_window
     return [
-        (k, v, window)
+        Cache(k, v, window)
         for k, v in ordered_pairs(spec, metric)
         for window in dict.fromkeys(
             resolve(recent, spec.first, k, v) if able else OFF for recent in spec.recent
@@ -191,11 +205,9 @@ def _cell(
     metric: Metric,
     model: ModelFile,
     corpus: CorpusFile,
-    k: str,
-    v: str,
+    cache: Cache,
     ctx: int,
     anchor: str,
-    window: Window,
     build: Build,
     env: dict[str, str],
 ) -> Cell:
@@ -207,18 +219,19 @@ def _cell(
         model_sha256=model.sha256,
         corpus=corpus.name,
         corpus_sha256=corpus.sha256,
-        k=k,
-        v=v,
+        k=cache.k,
+        v=cache.v,
         ctx=ctx,
         batch=ctx,  # one sequence at a time: KV size and memory are those of this context
         anchor=anchor,
         anchor_sha256=hashlib.sha256(Path(anchor).read_bytes()).hexdigest() if in_file else "",
-        recent=window.recent,
-        first=window.first,
+        recent=cache.window.recent,
+        first=cache.window.first,
+        profile=cache.of_cell(),
         backend=spec.backend,
         tree=build.tree,
         env=env,
-        engine=_engine(spec, metric, anchor, build),
+        engine=_engine(spec, metric, anchor, build) if cache.profile is None else "llama-perplexity",
         **metric.lay_out(extent),
     )
 

@@ -54,8 +54,10 @@ class _Sweep(_Strict):
         ubatch: physical batch in tokens.
         backend: where it runs; its build has to be there.
         anchor: "auto", "on", "off" or a file for --kv-anchor; None: "auto" where the build has it.
+        profiles: KV profiles (docs/explanation/kv-profile.md), each a cell like a pair, on its model.
         recent, first: sizes of the exact window in tokens (docs/explanation/exact-window.md); "auto": 128 and
-            4 for pairs with a type below 8 bits, where the build has the window. Other pairs never have one.
+            4 for pairs with a type below 8 bits, where the build has the window, and a profile's own. Other
+            pairs never have one.
         engine: "kv-eval": one process scores all caches of a comparison side by side and keeps figures of
             each token; what it cannot do goes to "llama-perplexity", one process a cell.
         threads: CPU threads; None: all cores.
@@ -68,6 +70,7 @@ class _Sweep(_Strict):
     models: tuple[str, ...] = ("smollm2-135m",)
     corpus: str = "default"
     pairs: tuple[tuple[str, str], ...]
+    profiles: tuple[str, ...] = ()
     against: tuple[str, str] | None = None
     reference: bool = True
     metrics: tuple[str, ...] = ("ppl",)
@@ -88,12 +91,12 @@ class _Sweep(_Strict):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        for one, many in (("model", "models"), ("metric", "metrics")):
+        for one, many in (("model", "models"), ("metric", "metrics"), ("profile", "profiles")):
             if one in data:
                 if many in data:
                     raise ValueError(f"give {one} or {many}, not both")
                 data[many] = data.pop(one)
-        for key in ("models", "metrics", "ctx", "anchor", "recent"):
+        for key in ("models", "metrics", "ctx", "anchor", "recent", "profiles"):
             if data.get(key) is not None:
                 data[key] = _as_list(data[key])
         data["pairs"] = _pairs(data.pop("pairs", None), data.pop("k", None), data.pop("v", None))
@@ -121,8 +124,8 @@ class _Sweep(_Strict):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if not self.pairs:
-            raise ValueError('no K/V pairs; give pairs = ["q8_0:turbo3"] or k and v')
+        if not self.pairs and not self.profiles:
+            raise ValueError('no K/V pairs; give pairs = ["q8_0:turbo3"], k and v, or profile = "FILE"')
         if self.against and not self.reference:
             raise ValueError("against names a reference, and reference = false wants none")
         return self
@@ -146,6 +149,7 @@ class _Check(_Strict):
 
     Attributes:
         pairs: K:V patterns as fnmatch takes them, e.g. "q8_0:turbo*".
+        profile: instead: a pattern on the names of the profiles, e.g. "qwen*".
         name: in the verdict's sentences.
         model: pattern on the model's name.
         anchor: pattern on the anchor asked for.
@@ -159,7 +163,8 @@ class _Check(_Strict):
         status: the status that is expected instead of a number, e.g. "nan".
     """
 
-    pairs: tuple[str, ...]
+    pairs: tuple[str, ...] = ()
+    profile: str | None = None
     name: str = ""
     model: str = "*"
     anchor: str = "*"
@@ -186,6 +191,8 @@ class _Check(_Strict):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
+        if bool(self.pairs) == (self.profile is not None):
+            raise ValueError("a check names pairs or a profile")
         if not self.bounds() and not self.tests() and self.status is None:
             raise ValueError("a check needs a bound (max_ppl, max_delta_pct, …) or a status")
         if self.must_fail and self.tests():
@@ -336,7 +343,7 @@ def _validated(model: type[_M], data: dict[str, Any], source: str) -> _M:
         raise UsageError(f"{source}: {error.message}", error.next_step) from None
 
 
-_ALIASES = {SweepSpec: ("model", "metric", "k", "v", "baseline"), Check: ("pair", "baseline")}
+_ALIASES = {SweepSpec: ("model", "metric", "profile", "k", "v", "baseline"), Check: ("pair", "baseline")}
 
 
 def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

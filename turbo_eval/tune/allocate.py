@@ -1,7 +1,7 @@
 """The best types for a number of bits, from how much each layer's K and V matter.
 
-Quantization noise in one layer's K or V adds to the KL divergence in proportion to its energy, so one
-measurement of a layer tells what every type costs there: sensitivity × mean squared error of the type.
+Quantization noise in one layer's K or V costs KL divergence in proportion to its energy, so one measurement
+of a layer, all else exact, tells what every type costs there: sensitivity × mean squared error of the type.
 Sums over layers hold as long as the divergence is small; what is found is measured, not believed.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
 
-LADDER = ("turbo2", "turbo3", "turbo4", "q8_0")
-K_LADDER = LADDER[
-    1:
-]  # two bits are too few for K of any layer: its error isn't small, and nothing adds up any more
+LADDER = ("turbo2", "turbo3", "turbo4", "q5_0", "q8_0")
+# Two bits are enough for K of a layer that hardly matters. Elsewhere their error isn't small and nothing adds
+# up: what is allocated with them has to be compared with what is allocated without.
+CAREFUL = LADDER[1:]
 _UNITS = 4  # a quarter of a bit: the types' bits are multiples of it
 
 
@@ -64,8 +64,10 @@ def predict(k: Sequence[str], v: Sequence[str], k_sides: Sequence[Side], v_sides
 class Front:
     """The types with the least predicted divergence for every number of bits, by dynamic programming."""
 
-    def __init__(self, k_sides: Sequence[Side], v_sides: Sequence[Side]) -> None:
-        self._k, self._v = k_sides, v_sides
+    def __init__(
+        self, k_sides: Sequence[Side], v_sides: Sequence[Side], k_ladder: Sequence[str] = LADDER
+    ) -> None:
+        self._k, self._v, self._least = k_sides, v_sides, k_ladder[0]
         sides = [*k_sides, *v_sides]
         unit = min(side.values for side in sides)
         if any(side.values % unit for side in sides):
@@ -74,7 +76,7 @@ class Front:
         top = round(cache_type(LADDER[-1]).bpv * _UNITS) * self._weight
         # best[b]: divergence and choices of the sides so far with at most b units
         best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] * (top + 1)
-        for side, ladder in [*((s, K_LADDER) for s in k_sides), *((s, LADDER) for s in v_sides)]:
+        for side, ladder in [*((s, k_ladder) for s in k_sides), *((s, LADDER) for s in v_sides)]:
             weight = side.values // unit
             cost = [round(cache_type(t).bpv * _UNITS) * weight for t in ladder]
             after: list[tuple[float, tuple[int, ...]] | None] = [None] * (top + 1)
@@ -100,25 +102,10 @@ class Front:
         found = self._best[max(budget, 0)]
         if found is None:
             raise UsageError(
-                f"{bits} bits a value are less than K in {K_LADDER[0]} and V in {LADDER[0]} have",
+                f"{bits} bits a value are less than K in {self._least} and V in {LADDER[0]} have",
                 "ask for more",
             )
         types = tuple(LADDER[i] for i in found[1])
         k, v = types[: len(self._k)], types[len(self._k) :]
         spent = bits_per_value(k, v, [s.values for s in self._k], [s.values for s in self._v])
         return Allocation(k, v, spent, found[0])
-
-
-def shrink(measured: Sequence[float]) -> list[float]:
-    """Sensitivities as they are likely to be, from measurements with chance in them (after James and Stein).
-
-    A sensitivity below zero can only be chance, so the squares of those say how large it is; each value is
-    drawn to the mean of all by the share of chance in their variance.
-    """
-    n = len(measured)
-    mean = sum(measured) / n
-    spread = sum((x - mean) ** 2 for x in measured) / n
-    below = [x * x for x in measured if x < 0]
-    chance = sum(below) / len(below) if below else 0.0
-    trust = max(0.0, 1.0 - chance / spread) if spread > 0 else 0.0
-    return [max(0.0, mean + trust * (x - mean)) for x in measured]

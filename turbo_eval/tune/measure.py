@@ -1,107 +1,163 @@
-"""KL divergence of a cache on a text, by llama-perplexity; measured values are kept beside the profile."""
+"""KL divergence of many caches on one text, by llama-kv-eval; what was measured is kept."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from turbo_eval.errors import EnvironmentProblem
+from turbo_eval.evidence.kv_eval import KvEval, read_kv_eval
+from turbo_eval.inputs.kv_profile import ModelShape, Profile, write_profile
+from turbo_eval.llama.backends import backend
 from turbo_eval.llama.build import Build
+from turbo_eval.llama.output import last_error
 from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, run
 
-_MEAN = re.compile(r"^Mean +KLD: +(-?[\d.]+|-?nan|-?inf) +± +([\d.]+)", re.M)
+TOOL = "llama-kv-eval"
+Cache = Profile | str  # a string: a pair as llama-kv-eval takes it, "q8_0:q8_0,recent=0,first=0"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`chunks` of `ctx` tokens, the second half of each scored."""
+
+    ctx: int
+    chunks: int
+
+    @property
+    def tokens(self) -> int:
+        return self.ctx * self.chunks
+
+    def __str__(self) -> str:
+        return f"{self.chunks} x {self.ctx}"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL divergence from f16/f16 and its standard error, nats."""
+    """Mean KL divergence from f16/f16 in nats and change of perplexity in percent, with standard errors.
+
+    `mib`: the cache at the text's context, window counted.
+    """
 
     mean: float
     error: float
+    delta_pct: float
+    delta_err_pct: float
+    mib: float
 
 
+@dataclass(frozen=True)
 class Text:
-    """One text, `chunks` of `ctx` tokens, and the exact log-probabilities that caches are compared with.
+    """One text and one model. `folder` keeps what was measured: a second run goes on from there.
 
-    Args:
-        folder: for those, logs and what was measured; a second run with the same folder goes on from there.
+    `model` makes the file where it isn't there. `at_once` caches are measured by one process beside the exact
+    one, which is computed once for all.
     """
 
-    def __init__(
-        self,
-        build: Build,
-        model: Path,
-        model_sha256: str,
-        text: Path,
-        folder: Path,
-        *,
-        ctx: int,
-        chunks: int,
-        threads: int | None,
-    ) -> None:
-        self._build, self._model, self._folder = build, model, folder
-        self._common = ["-m", str(model), "-f", str(text), "-c", str(ctx), "--chunks", str(chunks)]
-        self._common += ["-fa", "on", "--no-warmup", "-fit", "off"]
-        self._common += ["--device", "none"] if build.backend == "cpu" else ["-ngl", "999"]
-        if threads:
-            self._common += ["-t", str(threads)]
-        content = hashlib.sha256(text.read_bytes()).hexdigest()
-        self._identity = f"{model_sha256} {content} {build.tree} {build.backend} {ctx} {chunks}"
-        name = hashlib.sha256(self._identity.encode()).hexdigest()[:16]
-        self._base = folder / f"{name}.logits"
-        self._known = folder / f"{name}.json"
-        self._values: dict[str, list[float]] = {}
-        if self._known.is_file():
-            self._values = json.loads(self._known.read_text())
+    build: Build
+    model: Callable[[], Path]
+    model_sha256: str
+    shape: ModelShape
+    text: Path
+    folder: Path
+    extent: Extent
+    threads: int | None
+    at_once: int = 12
 
-    def measure(self, arguments: Sequence[str], content: bytes = b"") -> Divergence:
-        """Divergence with these arguments; `content`: of the files they name, part of what is remembered.
+    def measure(self, caches: Sequence[Cache], on_cache: Callable[[int], None]) -> list[Divergence]:
+        """The divergence of each.
+
+        Args:
+            on_cache: hears how many became known.
 
         Raises:
-            EnvironmentProblem: llama-perplexity failed, or its figure isn't a number.
+            EnvironmentProblem: llama-kv-eval failed, refused a cache, or a figure isn't finite.
         """
-        key = self._key(tuple(arguments), content)
-        if key not in self._values:
-            if not self._base.is_file():
-                part = self._base.with_suffix(".part")
-                self._perplexity(["--kl-divergence-base", str(part), "--kv-anchor", "off"], "Final estimate")
-                part.replace(self._base)
-            said = self._perplexity(
-                ["--kl-divergence", "--kl-divergence-base", str(self._base), *arguments], "Mean"
-            )
-            found = _MEAN.search(said)
-            if not found or not re.fullmatch(r"-?[\d.]+", found[1]):
-                raise EnvironmentProblem(
-                    f"llama-perplexity gave no KL divergence with {' '.join(arguments)}", f"read {self._log}"
-                )
-            self._values[key] = [float(found[1]), float(found[2])]
-            with writing(self._known):
-                part = self._known.with_suffix(".part")
-                part.write_text(json.dumps(self._values, indent=1))
-                part.replace(self._known)
-        return Divergence(*self._values[key])
+        keys = [_key(cache) for cache in caches]
+        known = self._known()
+        wanted = {k: c for k, c in zip(keys, caches, strict=True) if k not in known}
+        on_cache(len(keys) - len(wanted))
+        todo = list(wanted.items())
+        size = max(1, min(self.at_once, math.ceil(len(todo) / max(1, math.ceil(len(todo) / self.at_once)))))
+        for start in range(0, len(todo), size):
+            part = dict(todo[start : start + size])
+            known |= self._run(part)
+            with writing(self._file):
+                scratch = self._file.with_suffix(".part")
+                scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                scratch.replace(self._file)
+            on_cache(len(part))
+        return [Divergence(*known[key]) for key in keys]
 
     @property
-    def _log(self) -> Path:
-        return self._folder / "llama-perplexity.log"
+    def _file(self) -> Path:
+        parts = self.model_sha256, hashlib.sha256(self.text.read_bytes()).hexdigest(), self.build.tree
+        identity = f"{' '.join(parts)} {self.build.backend} {self.extent.ctx} {self.extent.chunks}"
+        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
-    @staticmethod
-    def _key(arguments: Sequence[str], content: bytes) -> str:
-        kept = [a for a in arguments if not a.endswith(".gguf")]
-        return f"{' '.join(kept)} {hashlib.sha256(content).hexdigest()[:16]}"
+    def _known(self) -> dict[str, list[float]]:
+        try:
+            return dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
 
-    def _perplexity(self, arguments: Sequence[str], wanted: str) -> str:
-        argv = [str(self._build.tool("llama-perplexity")), *self._common, *arguments]
-        outcome = run(argv, log=self._log, env=child_environment()[0])
-        if outcome.returncode != 0 or wanted not in outcome.text:
-            lines = [line for line in outcome.text.splitlines() if line.strip()]
-            raise EnvironmentProblem(
-                f"llama-perplexity failed on {self._model.name}: {lines[-1] if lines else 'it said nothing'}",
-                f"read {self._log}",
-            )
-        return outcome.text
+    def _run(self, caches: Mapping[str, Cache]) -> dict[str, list[float]]:
+        out, log = self.folder / "kv-eval.bin", self.folder / "kv-eval.log"
+        model = self.model()
+        argv = [str(self.build.tool(TOOL)), "-m", str(model), "-f", str(self.text)]
+        argv += ["-c", str(self.extent.ctx), "-b", str(self.extent.ctx), "-ub", "256"]
+        argv += ["--chunks", str(self.extent.chunks), "-fa", "on", "--no-warmup", "-fit", "off"]
+        argv += backend(self.build.backend).device_flags()
+        argv += ["-t", str(self.threads)] if self.threads else []
+        for number, cache in enumerate(caches.values()):
+            pair = cache
+            if isinstance(cache, Profile):
+                file = self.folder / f"cell-{number}.gguf"
+                write_profile(cache, self.shape, file)
+                pair = f"f16:f16,profile={file}"
+            argv += ["--pair", str(pair)]
+        outcome = run([*argv, "--out", str(out)], log=log, env=child_environment()[0])
+        if outcome.returncode != 0:
+            reason = last_error(outcome.text) or outcome.text.strip().rpartition("\n")[2] or "no reason given"
+            raise EnvironmentProblem(f"{TOOL} failed on {model.name}: {reason}", f"read {log}")
+        found = read_kv_eval(out)
+        out.unlink()
+        return {key: _figures(found, number) for number, key in enumerate(caches, start=1)}
+
+
+def _figures(found: KvEval, number: int) -> list[float]:
+    """As `Divergence`. Errors are over tokens; of several chunks over their means where that is more."""
+    own, exact = found.figures(number), found.figures(0)
+    kld, error = _mean(own.kld)
+    change, change_error = _mean(own.nll.astype(np.float64) - exact.nll)
+    mib = found.runs[number].context_bytes / found.header.n_seq / 2**20
+    figures = [kld, error, 100 * math.expm1(change), 100 * change_error, mib]
+    if not all(map(math.isfinite, figures)):
+        raise EnvironmentProblem(f"{found.runs[number].spec} has a figure that isn't finite")
+    return figures
+
+
+def _mean(values: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> tuple[float, float]:
+    values = values.astype(np.float64)
+    error = float(values.std(ddof=1) / math.sqrt(values.size))
+    if len(values) > 1:
+        error = max(error, float(values.mean(axis=1).std(ddof=1) / math.sqrt(len(values))))
+    return float(values.mean()), error
+
+
+def _key(cache: Cache) -> str:
+    """What is measured, without where it comes from."""
+    if isinstance(cache, str):
+        return cache
+    statistics = hashlib.sha256()
+    for name, values in sorted(cache.statistics.items()):
+        statistics.update(name.encode() + values.tobytes())
+    window = f"{cache.recent}+{cache.first} {cache.recent_type}"
+    return f"{' '.join(cache.k)} / {' '.join(cache.v)} / {window} / {statistics.hexdigest()[:16]}"

@@ -1,48 +1,63 @@
-"""From a model and a text to a profile: calibrate, measure each layer, allocate, verify elsewhere, write."""
+"""From a model and a text to a profile: calibrate, measure each layer, allocate, choose, judge, write."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from turbo_eval import __version__
-from turbo_eval.anchor.calibrate import calibrate
-from turbo_eval.errors import RegressionError, UsageError
+from turbo_eval.errors import RegressionError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.inputs.corpora import CorpusFile
-from turbo_eval.inputs.kv_profile import Profile, model_shape, read_statistics, write_profile
+from turbo_eval.inputs.kv_profile import Profile, write_profile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.tune.allocate import Allocation, Front, Side, noise, shrink
-from turbo_eval.tune.measure import Divergence, Text
-from turbo_eval.util.files import writing
+from turbo_eval.tune.allocate import CAREFUL, LADDER, Allocation, Front, Side, noise, predict
+from turbo_eval.tune.measure import Cache, Divergence, Text
+from turbo_eval.tune.prepare import WEIGHTS, Bench, OnStep, Plan, prepare
 
-START = "turbo3"  # K and V of the cache in which one layer at a time is changed
-K_RAISED, V_LOWERED = "q8_0", "turbo2"
-
-OnStep = Callable[[int, int, str], None]
+K_PROBE, V_PROBE = "turbo3", "turbo2"  # the type in which one layer is measured, all others exact
+EXACT = "f16"
+# Of which allocations the best is taken: how much more K weighs than was measured, and the types for K.
+VARIANTS = ((1.0, LADDER), (1.0, CAREFUL), (2.0, LADDER), (0.5, CAREFUL))
+TOP_BITS = cache_type(LADDER[-1]).bpv
+LEAST_BITS = cache_type(LADDER[0]).bpv
+_STEPS = tuple(LEAST_BITS + i / 8 for i in range(int((TOP_BITS - LEAST_BITS) * 8) + 1))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """`bits` a value, at most, or `max_kld` in nats; in tokens `ctx` a chunk, `recent` and `first`."""
+class Goal:
+    """`bits` a value at most, or the fewest that keep a bound on text that was held out.
 
-    bits: float | None
-    max_kld: float | None
-    ctx: int
-    chunks: int
-    recent: int = 128
-    first: int = 4
-    threads: int | None = None
+    `max_kld`: mean KL divergence, nats; `max_delta_ppl`: percent, at the upper end of its 95 % interval.
+    """
+
+    bits: float | None = None
+    max_kld: float | None = None
+    max_delta_ppl: float | None = None
+
+    def met(self, found: Divergence) -> bool:
+        if self.max_kld is not None:
+            return found.mean <= self.max_kld
+        if self.max_delta_ppl is not None:
+            return found.delta_pct + 1.96 * found.delta_err_pct <= self.max_delta_ppl
+        return True
+
+    def __str__(self) -> str:
+        if self.max_kld is not None:
+            return f"a KL divergence within {self.max_kld:g}"
+        return f"ΔPPL within {self.max_delta_ppl:g} %"
+
+    def missed(self, found: Divergence) -> float:
+        """By how much, for the nearest."""
+        return found.mean if self.max_kld is not None else found.delta_pct + 1.96 * found.delta_err_pct
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cache on the text that was held out."""
+    """A cache on the text that was held out. `bits` a value, the window not counted."""
 
     name: str
     bits: float
@@ -51,48 +66,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The file that was written, and what it is compared with."""
+    """The file that was written, and what it is compared with.
+
+    `front`: bits and predicted divergence of the best allocations; `what`: what was measured, in words.
+    """
 
     path: Path
     allocation: Allocation
     predicted: float
     held_out: Divergence
     rows: tuple[Row, ...]
-
-
-class _Bench:
-    """Where profiles of one model are measured: a text to tune on and one to judge on, window, statistics."""
-
-    def __init__(
-        self, model: ModelFile, corpus: CorpusFile, build: Build, folder: Path, settings: Settings
-    ) -> None:
-        self.shape = model_shape(model.path)
-        self._cell = folder / "cell.gguf"
-        found_on, judged_on = _halves(corpus, folder)
-        calibration = folder / f"{model.sha256[:12]}-{corpus.sha256[:12]}.kv-anchor.gguf"
-        if not calibration.is_file():
-            half = replace(corpus, path=found_on)
-            calibrate(model, half, build, calibration, ctx=512, chunks=16, threads=settings.threads)
-        n = self.shape.n_layer
-        statistics = read_statistics(calibration)
-        self.start = Profile(
-            (START,) * n, (START,) * n, settings.recent, settings.first, statistics=statistics
-        )
-        self.tuning, self.judging = (
-            Text(
-                build, model.path, model.sha256, half, folder,
-                ctx=settings.ctx, chunks=settings.chunks, threads=settings.threads,
-            )
-            for half in (found_on, judged_on)
-        )  # fmt: skip
-
-    def measure(self, text: Text, profile: Profile) -> Divergence:
-        write_profile(profile, self.shape, self._cell)
-        return text.measure(["--kv-profile", str(self._cell)], self._cell.read_bytes())
+    front: tuple[tuple[float, float], ...]
+    what: str
 
 
 def tune(
-    model: ModelFile, corpus: CorpusFile, build: Build, out: Path, settings: Settings, on_step: OnStep
+    model: ModelFile, corpus: CorpusFile, build: Build, out: Path, plan: Plan, goal: Goal, on_step: OnStep
 ) -> Tuned:
     """Write `out`.
 
@@ -100,120 +89,157 @@ def tune(
 
     Raises:
         UsageError: the corpus is one line, or fewer bits than the smallest type has.
-        RegressionError: no types meet `max_kld`; the nearest is named.
+        RegressionError: no types meet the goal; the nearest is named.
         EnvironmentProblem: a tool failed.
     """
-    folder = out.with_suffix(".tune")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    total = 7 + 2 * model.gguf.n_layer
-    steps = itertools.count(1)
-
-    def tick(what: str) -> None:
-        on_step(next(steps), total, what)
-
-    tick("calibrate K and Q")
-    bench = _Bench(model, corpus, build, folder, settings)
-    front, scale = _sensitivities(bench, model, tick)
-    tick("the profile, on text that was held out")
-    profile, held_out, allocation = _search(front, scale, settings, bench)
-    rows = (Row(out.name, allocation.bits, held_out), *_rivals(bench, tick))
-    predicted = allocation.predicted * scale
+    bench = prepare(model, corpus, build, out.with_suffix(".tune"), plan, on_step)
+    k_sides, v_sides, scale = _sensitivities(bench, model)
+    found = _search(k_sides, v_sides, bench, goal, scale)
+    rows = (Row(out.name, found.allocation.bits, found.held_out), *_rivals(bench))
     final = replace(
-        profile,
-        predicted=predicted,
-        held_out=max(0.0, held_out.mean),
-        provenance=_provenance(model, corpus, build, settings),
+        found.profile,
+        predicted=found.allocation.predicted * scale,
+        held_out=max(0.0, found.held_out.mean),
+        provenance=_provenance(model, corpus, build, bench),
     )
     write_profile(final, bench.shape, out)
-    return Tuned(out, allocation, predicted, held_out, rows)
+    (out.with_suffix(".tune") / WEIGHTS).unlink(missing_ok=True)  # large, and quickly made again
+    front, judged = Front(k_sides, v_sides), bench.judging.extent
+    steps = [front.at(bits) for bits in _STEPS]
+    return Tuned(
+        path=out,
+        allocation=found.allocation,
+        predicted=found.allocation.predicted * scale,
+        held_out=found.held_out,
+        rows=rows,
+        front=tuple((step.bits, step.predicted * scale) for step in steps),
+        what=f"weights {bench.weights}, found on {bench.finding.extent}, judged on {judged} tokens",
+    )
 
 
-def _sensitivities(bench: _Bench, model: ModelFile, tick: Callable[[str], None]) -> tuple[Front, float]:
-    """What each side of each layer costs, and the factor from the sum of that to what was measured."""
-    info, start = model.gguf, bench.start
-    tick(f"{START} in every layer")
-    base = bench.measure(bench.tuning, start).mean
-    k_cost: list[float] = []
-    v_cost: list[float] = []
-    for layer in range(bench.shape.n_layer):
-        tick(f"K of layer {layer} in {K_RAISED}")
-        kld = bench.measure(bench.tuning, replace(start, k=_with(start.k, layer, K_RAISED))).mean
-        k_cost.append((kld - base) / (noise(K_RAISED) - noise(START)))
-    for layer in range(bench.shape.n_layer):
-        tick(f"V of layer {layer} in {V_LOWERED}")
-        kld = bench.measure(bench.tuning, replace(start, v=_with(start.v, layer, V_LOWERED))).mean
-        v_cost.append((kld - base) / (noise(V_LOWERED) - noise(START)))
-    k_sides = [Side(info.n_head_kv * info.head_dim_k, cost) for cost in shrink(k_cost)]
-    v_sides = [Side(info.n_head_kv * info.head_dim_v, cost) for cost in shrink(v_cost)]
-    # What doesn't add up: the window, and the noise of one layer that the next ones change.
-    at_start = sum(side.sensitivity for side in [*k_sides, *v_sides]) * noise(START)
-    return Front(k_sides, v_sides), base / at_start if at_start > 0 else 1.0
+def _measure(bench: Bench, text: Text, caches: Sequence[Cache], what: str) -> list[Divergence]:
+    """As `Text.measure`, heard of."""
+    bench.progress(0, what)
+    return text.measure(caches, lambda n: bench.progress(n * text.extent.tokens, what))
 
 
-def _rivals(bench: _Bench, tick: Callable[[str], None]) -> Iterator[Row]:
-    """What one would use otherwise: uniform pairs with the window, llama.cpp's own types without it."""
-    n = bench.shape.n_layer
-    for name in ("turbo3", "turbo4"):
-        tick(f"{name}/{name}, on text that was held out")
-        uniform = replace(bench.start, k=(name,) * n, v=(name,) * n)
-        yield Row(f"{name}/{name} + window", cache_type(name).bpv, bench.measure(bench.judging, uniform))
-    for name in ("q4_0", "q8_0"):
-        tick(f"{name}/{name}, on text that was held out")
-        plain = ["-ctk", name, "-ctv", name, "--kv-recent", "0", "--kv-first", "0"]
-        yield Row(f"{name}/{name}", cache_type(name).bpv, bench.judging.measure(plain))
+def _sensitivities(bench: Bench, model: ModelFile) -> tuple[list[Side], list[Side], float]:
+    """What K and V of each layer cost, and the factor from the sum over layers to what they cost together.
+
+    What llama.cpp computes differently even where nothing is quantized (`floor`) is none of a layer's cost.
+    """
+    n, info = bench.shape.n_layer, model.gguf
+
+    def alone(k: tuple[str, ...], v: tuple[str, ...]) -> Profile:
+        # a window of 8 bits is less exact than the 16 bits of all other layers: K without the anchor, which a
+        # cache of 16 bits leaves off, may lose more in it than a layer's V costs
+        return replace(bench.profile(k, v), recent_type=EXACT)
+
+    exact = (EXACT,) * n
+
+    uniform = bench.profile((K_PROBE,) * n, (K_PROBE,) * n)
+    caches = [alone(exact, exact), uniform]
+    caches += [alone(_at(layer, K_PROBE, n), exact) for layer in range(n)]
+    caches += [alone(exact, _at(layer, V_PROBE, n)) for layer in range(n)]
+    found = _measure(bench, bench.finding, caches, "each layer's K and V alone")
+    floor, together, layers = found[0].mean, found[1].mean, [d.mean for d in found[2:]]
+
+    def sides(costs: Iterable[float], values: int, probe: str) -> list[Side]:
+        return [Side(values, max(cost - floor, 0.0) / noise(probe)) for cost in costs]
+
+    k_sides = sides(layers[:n], info.n_head_kv * info.head_dim_k, K_PROBE)
+    v_sides = sides(layers[n:], info.n_head_kv * info.head_dim_v, V_PROBE)
+    total = sum(side.sensitivity for side in [*k_sides, *v_sides]) * noise(K_PROBE)
+    return k_sides, v_sides, together / total if total > 0 else 1.0
 
 
-def _with(types: Sequence[str], layer: int, name: str) -> tuple[str, ...]:
-    return tuple(name if i == layer else t for i, t in enumerate(types))
+def _at(layer: int, name: str, n: int) -> tuple[str, ...]:
+    return tuple(name if i == layer else EXACT for i in range(n))
+
+
+@dataclass(frozen=True)
+class _Found:
+    profile: Profile
+    allocation: Allocation
+    held_out: Divergence
 
 
 def _search(
-    front: Front, scale: float, settings: Settings, bench: _Bench
-) -> tuple[Profile, Divergence, Allocation]:
+    k_sides: Sequence[Side], v_sides: Sequence[Side], bench: Bench, goal: Goal, scale: float
+) -> _Found:
     """The allocation for the bits, or of the fewest bits that keeps the bound where it is judged."""
-    steps = [settings.bits] if settings.bits is not None else [2.75 + i / 8 for i in range(47)]
-    bound = settings.max_kld if settings.max_kld is not None else math.inf
-    nearest: tuple[float, float] | None = None
-    for bits in steps:
-        allocation = front.at(bits)
-        if allocation.predicted * scale > bound and bits < steps[-1]:
-            continue
-        profile = replace(bench.start, k=allocation.k, v=allocation.v, bits=allocation.bits)
-        kld = bench.measure(bench.judging, profile)
-        if kld.mean <= bound:
-            return profile, kld, allocation
-        nearest = min(nearest or (math.inf, 0.0), (kld.mean, allocation.bits))
-    assert nearest is not None
-    raise RegressionError(
-        f"no types keep the KL divergence within {settings.max_kld}; the nearest has {nearest[0]:.5f} "
-        f"at {nearest[1]:.2f} bits a value"
-    )
+    if goal.bits is not None:
+        return _judge([_chosen(k_sides, v_sides, goal.bits, bench)], bench)[0]
+    front = Front(k_sides, v_sides)
+    bound = goal.max_kld if goal.max_kld is not None else (goal.max_delta_ppl or 0.0) / 100
+    last = len(_STEPS)
+    likely = next((i for i, b in enumerate(_STEPS) if front.at(b).predicted * scale <= bound), last - 1)
+    low, high = max(0, likely - 2), min(last, likely + 3)
+    while True:
+        tried = _judge([front.at(bits) for bits in _STEPS[low:high]], bench)
+        good = [found for found in tried if goal.met(found.held_out)]
+        if good and (good[0] is not tried[0] or low == 0):
+            return good[0]
+        if not good and high == last:
+            nearest = min(tried, key=lambda found: goal.missed(found.held_out))
+            raise RegressionError(
+                f"no types keep {goal}; the nearest has {goal.missed(nearest.held_out):.5f}"
+                f" at {nearest.allocation.bits:.2f} bits a value"
+            )
+        # the next fewer, the fewest that was good among them; or the next more
+        low, high = (max(0, low - 4), low + 1) if good else (high, min(last, high + 6))
 
 
-def _halves(corpus: CorpusFile, folder: Path) -> tuple[Path, Path]:
-    """The corpus, cut at the line nearest to its middle."""
-    data = corpus.path.read_bytes()
-    middle = data.find(b"\n", len(data) // 2) + 1
-    if middle <= 0:
-        raise UsageError(
-            f"{corpus.name} is one line: it can't be cut into text to tune on and text to judge on"
-        )
-    halves = folder / "found-on.txt", folder / "judged-on.txt"
-    for path, part in zip(halves, (data[:middle], data[middle:]), strict=True):
-        with writing(path):
-            path.write_bytes(part)
-    return halves
+def _chosen(k_sides: Sequence[Side], v_sides: Sequence[Side], bits: float, bench: Bench) -> Allocation:
+    """Of what the variants lead to, and one type everywhere, the best on the text that finds the types."""
+    least = (cache_type(CAREFUL[0]).bpv + LEAST_BITS) / 2
+    found = [
+        Front([replace(s, sensitivity=s.sensitivity * tilt) for s in k_sides], v_sides, ladder).at(bits)
+        for tilt, ladder in VARIANTS
+        if ladder is LADDER or bits >= least
+    ]
+    uniform = max((t for t in LADDER if cache_type(t).bpv <= bits), key=lambda t: cache_type(t).bpv)
+    n = len(k_sides)
+    found.append(Allocation((uniform,) * n, (uniform,) * n, cache_type(uniform).bpv, 0.0))
+    options = [
+        replace(a, predicted=predict(a.k, a.v, k_sides, v_sides))
+        for a in {(a.k, a.v): a for a in found}.values()
+    ]
+    if len(options) == 1:
+        return options[0]
+    profiles = [bench.profile(a.k, a.v) for a in options]
+    klds = _measure(bench, bench.choosing, profiles, f"{len(options)} allocations of {bits:g} bits")
+    return min(zip(options, klds, strict=True), key=lambda each: each[1].mean)[0]
 
 
-def _provenance(model: ModelFile, corpus: CorpusFile, build: Build, settings: Settings) -> dict[str, str]:
+def _judge(options: Sequence[Allocation], bench: Bench) -> list[_Found]:
+    profiles = [replace(bench.profile(a.k, a.v), bits=a.bits) for a in options]
+    klds = _measure(bench, bench.judging, profiles, "the profile, on text that was held out")
+    return [_Found(*each) for each in zip(profiles, options, klds, strict=True)]
+
+
+def _rivals(bench: Bench) -> list[Row]:
+    """What one would use otherwise: uniform pairs with the window, llama.cpp's own types without it."""
+    n = bench.shape.n_layer
+    caches: dict[str, Cache] = {
+        f"{name}/{name} + window": bench.profile((name,) * n, (name,) * n) for name in ("turbo3", "turbo4")
+    }
+    caches |= {f"{name}/{name}": f"{name}:{name},recent=0,first=0" for name in ("q4_0", "q8_0")}
+    klds = _measure(bench, bench.judging, list(caches.values()), "what it is compared with")
+    return [
+        Row(name, cache_type(name.split("/")[0]).bpv, kld) for name, kld in zip(caches, klds, strict=True)
+    ]
+
+
+def _provenance(model: ModelFile, corpus: CorpusFile, build: Build, bench: Bench) -> dict[str, str]:
     return {
         "model.name": model.name,
         "model.sha256": model.sha256,
+        "model.weights": bench.weights,
         "corpus.name": corpus.name,
         "corpus.sha256": corpus.sha256,
-        "context_length": str(settings.ctx),
-        "chunks": str(settings.chunks),
+        "found_on": f"{bench.finding.extent} tokens",
+        "held_out": f"{bench.judging.extent} tokens",
         "llama.tree": build.tree,
         "llama.pin": build.pin,
         "date": datetime.now(UTC).date().isoformat(),

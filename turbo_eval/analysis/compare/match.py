@@ -20,14 +20,40 @@ Entry = Record | BenchRecord
 _QUESTION = ("metric", "model", "corpus", "ctx", "chunks", "options")
 # What the two sides may be compared *in*: left out of the match when they have no value in common.
 _CONTRAST = (
-    *("k", "v", "recent", "first", "tree", "backend", "anchor", "batch", "ubatch", "flash_attn", "env"),
+    *(
+        "k",
+        "v",
+        "profile",
+        "recent",
+        "first",
+        "tree",
+        "backend",
+        "anchor",
+        "batch",
+        "ubatch",
+        "flash_attn",
+        "env",
+    ),
     "machine",
 )
 _SELECTABLE = (
-    *("metric", "model", "ctx", "chunks", "k", "v", "recent", "first", "tree", "backend", "ubatch"),
+    *(
+        "metric",
+        "model",
+        "ctx",
+        "chunks",
+        "k",
+        "v",
+        "profile",
+        "recent",
+        "first",
+        "tree",
+        "backend",
+        "ubatch",
+    ),
     *("machine", "anchor", "pin"),
 )
-_BY_PREFIX = frozenset({"tree", "pin", "machine"})
+_BY_PREFIX = frozenset({"tree", "pin", "machine", "profile"})
 
 
 def facts(entry: Entry) -> dict[str, str]:
@@ -44,6 +70,7 @@ def facts(entry: Entry) -> dict[str, str]:
             "chunks": f"{entry.prompt}+{entry.gen}",
             "k": entry.k,
             "v": entry.v,
+            "profile": entry.profile.sha256 if entry.profile is not None else "",
             "recent": str(entry.recent),
             "first": str(entry.first),
             "tree": entry.tree,
@@ -66,6 +93,7 @@ def facts(entry: Entry) -> dict[str, str]:
         "options": json.dumps(cell.options, sort_keys=True),
         "k": cell.k,
         "v": cell.v,
+        "profile": cell.profile.sha256 if cell.profile is not None else "",
         "recent": str(cell.recent),
         "first": str(cell.first),
         "tree": cell.tree,

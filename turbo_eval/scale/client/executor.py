@@ -393,6 +393,8 @@ class _Run:
         paths = {job.cell.model_sha256: job.model.path, job.cell.corpus_sha256: job.corpus.path}
         if job.cell.anchor_sha256:
             paths[job.cell.anchor_sha256] = Path(job.cell.anchor)
+        if job.profile is not None and job.cell.profile is not None:
+            paths[job.cell.profile.sha256] = job.profile
         if not self.transfers.send(flight.number, answer, paths):
             self.crew.refuse(answer.worker, "it asks for a file that is none of the cell's")
             self._again(flight.number, "it asked for another file")

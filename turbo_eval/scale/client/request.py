@@ -22,6 +22,9 @@ def needs_of(job: Job) -> tuple[Need, ...]:
     if cell.anchor_sha256:
         path = Path(cell.anchor)
         needs.append(Need(kind="anchor", name=path.name, sha256=cell.anchor_sha256, size=path.stat().st_size))
+    if job.profile is not None and cell.profile is not None:
+        size = job.profile.stat().st_size
+        needs.append(Need(kind="profile", name=job.profile.name, sha256=cell.profile.sha256, size=size))
     return tuple(needs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from turbo_eval.llama.build import Build
 from turbo_eval.llama.provenance import collect, machine
 from turbo_eval.metrics import metric
 from turbo_eval.metrics.base import Bench, Job, OnProgress
+from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.store import Store
 from turbo_eval.scale import entry, guard
@@ -91,6 +93,18 @@ def find_device(backend: str | None) -> Device:
     """
     here, name = machine(), backend or first_here()
     return Device(name, here.id, find_backend(name).memory_gib(here.memory_gib))
+
+
+def _check_names(cell: Cell) -> None:
+    """K and V become parts of file names here: types that are known, or a profile's name and bits.
+
+    Raises:
+        UsageError: neither.
+    """
+    if cell.profile is None:
+        cache_type(cell.k), cache_type(cell.v)
+    elif not all(re.fullmatch(r"[\w.+-]{1,120}", name) for name in (cell.k, cell.v)):
+        raise RefusedError(f"{cell.k!r} is no name of a profile")
 
 
 class Cells:
@@ -198,7 +212,7 @@ class Cells:
 
     def _measure(self, asked: Measure) -> Measured:
         for cell in (asked.cell, *(record.cell for record in asked.references)):
-            cache_type(cell.k), cache_type(cell.v)  # names become parts of file names here
+            _check_names(cell)
         self._require_environment(asked.cell.env)
         build, provenance = self._build(asked.source)
         if asked.cell.tree != build.tree:
@@ -229,7 +243,13 @@ class Cells:
         if (model.sha256, corpus.sha256) != (cell.model_sha256, cell.corpus_sha256):
             raise RefusedError("a file changed while it was looked up", "run the sweep again")
         anchor = str(files["anchor"]) if asked.anchor == "file" else asked.anchor
-        return Job(cell, replace(model, name=cell.model), replace(corpus, name=cell.corpus), anchor)
+        return Job(
+            cell,
+            replace(model, name=cell.model),
+            replace(corpus, name=cell.corpus),
+            anchor,
+            profile=files.get("profile"),
+        )
 
     def _follow(self, ticket: str) -> OnProgress:
         said = 0.0

@@ -14,7 +14,8 @@ from turbo_eval.scale.wire import Need
 from turbo_eval.util import paths
 from turbo_eval.util.files import FileMemory, file_sha256, require_space, sha256_of, writing
 
-_SUFFIX = {"model": ".gguf", "corpus": ".txt", "anchor": ".gguf"}
+_SUFFIX = {"model": ".gguf", "corpus": ".txt", "anchor": ".gguf", "profile": ".gguf"}
+_NAMELESS = ("anchor", "profile")  # known by their content alone
 
 
 class RefusedError(TurboEvalError):
@@ -66,7 +67,7 @@ class Content:
         return FileMemory().find(need.sha256) or self._from_registry(need)
 
     def _by_name(self, need: Need) -> list[Path]:
-        if need.kind == "anchor" or Path(need.name).name != need.name:
+        if need.kind in _NAMELESS or Path(need.name).name != need.name:
             return []
         known = models if need.kind == "model" else corpora
         suffix = _SUFFIX[need.kind]
@@ -75,7 +76,7 @@ class Content:
         return [known.cached_path(name), *(folder / file for folder in self._folders for file in files)]
 
     def _from_registry(self, need: Need) -> Path | None:
-        if need.kind == "anchor":
+        if need.kind in _NAMELESS:
             return None
         known = models if need.kind == "model" else corpora
         for name, entry in known.registry().items():
