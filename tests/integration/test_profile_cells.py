@@ -169,8 +169,8 @@ def test_selftest_of_what_a_profile_needs(build: Build, profile: Path) -> None:
 
 
 def test_probe(build: Build, model: Path, prose: CorpusFile, profile: Path, tmp_path: Path) -> None:
-    sides = ("--a", "k=f16,v=f16", "--b", f"profile={profile}")
-    shared = ("--corpus", prose.path, "--tokens", "64")
+    sides = ["--a", "k=f16,v=f16", "--b", f"profile={profile}"]
+    shared: list[str | Path] = ["--corpus", prose.path, "--tokens", "64"]
     done = Cli(tmp_path, build.bin_dir).run("probe", model, *shared, *sides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every step follows from the one before it" in done.stdout

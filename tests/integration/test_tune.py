@@ -9,8 +9,7 @@ import pytest
 from gguf import GGUFReader
 
 from tests.support.layouts import LAYERS, LAYOUTS, write_model
-from turbo_eval.analysis.figures import save
-from turbo_eval.analysis.tuning import tuning_figure
+from turbo_eval.analysis.figures import save, tuning_figure
 from turbo_eval.errors import RegressionError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.models import resolve_model

@@ -12,6 +12,7 @@ from turbo_eval.bench.run import pair_label
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.speed import BenchRecord
+from turbo_eval.tune.run import Tuned
 from turbo_eval.util.files import writing
 
 if TYPE_CHECKING:
@@ -60,6 +61,23 @@ def axes_of(width: float, height: float) -> tuple[Figure, Any]:
     axes.yaxis.label.set_color(INK)
     axes.title.set_color(INK)
     return figure, axes
+
+
+def tuning_figure(done: Tuned) -> Figure:
+    """Mean KL divergence on text that was held out over bits per value; the predicted front as a line."""
+    figure, axes = axes_of(7, 4.2)
+    bits, klds = zip(*done.front, strict=True)
+    axes.plot(bits, klds, "-", color=BLUE, linewidth=1, alpha=0.7, label="predicted")
+    for number, row in enumerate(done.rows):
+        mark, colour = ("o", BLUE) if number == 0 else ("x", AMBER)
+        axes.errorbar(row.bits, row.kld.mean, yerr=row.kld.error, fmt=mark, color=colour)
+        place = (row.bits, row.kld.mean)
+        axes.annotate(row.name, place, (4, 4), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_yscale("log")
+    axes.set_ylabel("KL divergence from f16/f16 [nats]")
+    axes.set_xlabel("bits per value, window not counted")
+    axes.margins(x=0.12, y=0.15)
+    return figure
 
 
 def heatmap_figure(rows: Sequence[Summary], value: str) -> Figure | None:

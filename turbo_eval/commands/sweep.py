@@ -129,10 +129,8 @@ def sweep(
         ok = _until(spec, build, results or results_dir(), target, until_decided, max_chunks, fresh, as_json)
         raise typer.Exit(0 if ok else 3)
     plan = make_plan(spec, build)
-    behind = moved_on(build) if target.kind == "local" else ""
-    o.warn(*plan.notes, behind)
-    provenance = collect(build)
-    root = results or results_dir()
+    o.warn(*plan.notes, moved_on(build) if target.kind == "local" else "")
+    provenance, root = collect(build), results or results_dir()
     with live(plan) as reporter:
         if target.kind == "local":
             result = _here(plan, provenance, root, reporter, fresh)

@@ -15,8 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from turbo_eval.analysis.figures import save
-from turbo_eval.analysis.tuning import tuning_figure
+from turbo_eval.analysis.figures import save, tuning_figure
 from turbo_eval.anchor.calibrate import TOOL
 from turbo_eval.commands import options as o
 from turbo_eval.errors import RegressionError, UsageError

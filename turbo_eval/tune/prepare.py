@@ -25,8 +25,8 @@ from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, run
 
 JUDGED, BETWEEN = 5, 5  # caches that are judged, and that are chosen from
-# Shares of the context to find the types on, from the most to the least: V far behind the window costs more
-# in a long context, so less text is a last resort.
+# Parts of the context to find the types on, from the most to the least: what lies behind the window costs
+# more in a long context, so a shorter one is a last resort.
 _FINDING = (1, 2, 4)
 _CALIBRATION = Extent(512, 8)
 
@@ -58,8 +58,8 @@ class Plan:
         shares = [Extent(self.judging.ctx // share, 1) for share in _FINDING]
         finding = [max(e, least, key=lambda x: x.ctx) for e in shares]
         finding = [e if e.ctx <= self.judging.ctx else replace(e, ctx=self.judging.ctx) for e in finding]
-        for judging in judged:
-            for find in finding:
+        for find in finding:
+            for judging in judged:
                 cost = seconds_per_token * work(layers, find, judging)
                 if self.budget is None or spent + cost <= self.budget:
                     return find, judging
