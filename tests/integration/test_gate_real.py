@@ -43,7 +43,8 @@ def with_moved_centroid(real: Path, folder: Path) -> Path:
             data = file.read_bytes()
             changed += data.count(MAGNITUDES)
             (folder / file.name).write_bytes(data.replace(MAGNITUDES, MOVED))
-    shutil.copy(real / "llama-perplexity", folder)
+    for tool in ("llama-perplexity", "llama-kv-eval"):
+        shutil.copy(real / tool, folder)
     assert changed, "the table is not where it was"
     return folder
 

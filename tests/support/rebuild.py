@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+TOOLS = ("llama-perplexity", "llama-kv-eval")
+
 
 def rebuilt_cpu_backend(bin_dir: Path, source: str, change: dict[str, str], folder: Path) -> Path:
     """Copy `bin_dir` to `folder`, with `change` (old text to new, each found once) in ggml-cpu/`source`."""
@@ -30,7 +32,7 @@ def rebuilt_cpu_backend(bin_dir: Path, source: str, change: dict[str, str], fold
     _run([*compiled, "-I", str(original.parent)], Path(entry["directory"]))
 
     for file in bin_dir.iterdir():
-        if file.is_symlink() or ".so" in file.name or file.name == "llama-perplexity":
+        if file.is_symlink() or ".so" in file.name or file.name in TOOLS:
             shutil.copy(file, folder / file.name, follow_symlinks=False)
     library = next(f for f in folder.glob("libggml-cpu.so.*") if not f.is_symlink())
     said = _run(["ninja", "-t", "commands", "-s", f"bin/{library.name}"], build)

@@ -79,8 +79,9 @@ class Cell(Frozen):
         return self._digest(exclude=_NAMES)
 
     def key_any_tree(self) -> str:
-        """The same without the patched tree: finds records of another build (stale)."""
-        return self._digest(exclude=_NAMES | {"tree"})
+        """The same without the patched tree: finds records of another build (stale), which may have had
+        another engine."""
+        return self._digest(exclude=_NAMES | {"tree", "engine"})
 
     def comparison_key(self) -> str:
         """The same without K, V and the exact window: cells that may be compared with one another."""
