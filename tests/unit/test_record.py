@@ -44,11 +44,21 @@ NAMES = {"model": "other", "corpus": "other"}
 
 def test_the_key_hashes_all_that_counts_and_nothing_else() -> None:
     key = make_cell().key()
-    assert set(COUNTS) | set(NAMES) == set(Cell.model_fields)
+    assert set(COUNTS) | set(NAMES) | {"engine"} == set(Cell.model_fields)
     for name, value in COUNTS.items():
         assert make_cell().model_copy(update={name: value}).key() != key, name
     for name, value in NAMES.items():
         assert make_cell().model_copy(update={name: value}).key() == key, name
+
+
+@pytest.mark.parametrize(("metric", "moves"), [("ppl", False), ("kld", True), ("decode", True)])
+def test_the_engine_counts_where_it_moves_the_number(metric: str, moves: bool) -> None:
+    old = make_cell(metric=metric)
+    new = old.model_copy(update={"engine": "kv-eval"})
+    assert (old.key() != new.key()) == moves
+    assert old.comparison_key() == new.comparison_key() and old.reference_key() == new.reference_key()
+    before = old.model_dump(mode="json", exclude={"engine"})  # a record from before there were two
+    assert Cell.model_validate(before).key() == old.key()
 
 
 def test_the_key_is_frozen() -> None:
