@@ -36,7 +36,7 @@ NAMED = (
 )
 # with a bias of K that a quantizer cannot take
 BIASED = ("llama", "qwen2", "phi3", "glm4")
-SINKS = ("gpt-oss", "mimo2", "granite_swa")
+SINKS = ("gpt-oss", "granite_swa")
 # layers that keep keys and values, of two; Falcon-H1's are both attention and recurrent
 HYBRIDS = {"qwen3next": 1, "qwen35": 1, "lfm2": 1, "granitehybrid": 1, "plamo2": 1, "falcon-h1": 2}
 

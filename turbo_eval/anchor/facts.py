@@ -64,6 +64,8 @@ NEIGHBOURS = frozenset(
         "xverse",
     ]
 )
+# Their graph leaves the biases of Q, K and V out, should a file have some.
+WITHOUT_BIAS = frozenset({"mimo2"})
 # More of any of these is no model, but a broken file.
 _MANY = 4096
 
@@ -203,7 +205,8 @@ def read_facts(path: Path) -> Facts:
                 dim_k=info.head_dim_k,
                 dim_v=0 if latent else info.head_dim_v,
                 fused=fused,
-                k_bias="attn_k.bias" in names or (fused and "attn_qkv.bias" in names),
+                k_bias=("attn_qkv.bias" if fused else "attn_k.bias") in names
+                and info.arch not in WITHOUT_BIAS,
                 k_norm="attn_k_norm.weight" in names,
                 q_norm="attn_q_norm.weight" in names,
                 sinks="attn_sinks.weight" in names or "attn_sinks" in names,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turbo_eval.anchor.facts import NEIGHBOURS, Array, Facts, Layer
+from turbo_eval.anchor.facts import NEIGHBOURS, WITHOUT_BIAS, Array, Facts, Layer
 from turbo_eval.anchor.kbias import anchor_phase, taken_share
 
 
@@ -109,6 +109,8 @@ def _constant(facts: Facts, theta: Array, mean: Array, ctx: int) -> tuple[float,
 
 def _biases(facts: Facts, layer: Layer) -> tuple[Array | None, Array | None]:
     """Of Q and K: [heads·dim] and [KV heads·dim]."""
+    if facts.info.arch in WITHOUT_BIAS:
+        return None, None
     n_q, n_k = layer.heads * layer.dim_k, layer.kv_heads * layer.dim_k
     prefix = f"blk.{layer.index}."
     if layer.fused:
