@@ -75,9 +75,12 @@ LARGE = ("ctx=8192", "seqs=4")
 
 
 def same(restored: list[float], saved: list[float]) -> None:
-    """A restored window has its copies in another order, so that the last bit of a sum can differ."""
-    assert restored == pytest.approx(saved, abs=0.1)
-    assert restored[:4] == pytest.approx(saved[:4], abs=1e-3)
+    """A restored window has its copies in another order, so the last bit of a sum can differ.
+
+    Weights of 4 bits round the activations to 8 bits, which makes more of it. Without a window all bits agree.
+    """
+    assert restored[0] == pytest.approx(saved[0], abs=1e-3)
+    assert restored == pytest.approx(saved, abs=0.5)
 
 
 @pytest.mark.parametrize("large", [LARGE, (*LARGE, "unified=1")], ids=["split", "unified"])
@@ -99,6 +102,10 @@ def test_pairs(smol: Session, tmp_path: Path, pair: str) -> None:
     state = tmp_path / "state"
     saved = smol.logprobs("save", state, f"k={k}", f"v={v}", *SMALL)
     same(smol.logprobs("load", state, f"k={k}", f"v={v}", *LARGE), saved)
+
+    options = (f"k={k}", f"v={v}", "recent=0", "first=0")
+    saved = smol.logprobs("save", state, *options, *SMALL)
+    assert smol.logprobs("load", state, *options, *LARGE) == saved
 
 
 def test_refusals_name_what_differs(coder: Session, tmp_path: Path) -> None:
