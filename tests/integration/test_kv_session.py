@@ -77,7 +77,8 @@ LARGE = ("ctx=8192", "seqs=4")
 def same(restored: list[float], saved: list[float]) -> None:
     """A restored window has its copies in another order, so the last bit of a sum can differ.
 
-    Weights of 4 bits round the activations to 8 bits, which makes more of it. Without a window all bits agree.
+    Weights of 4 bits round the activations to 8 bits, which makes more of it. Without a window all bits
+    agree.
     """
     assert restored[0] == pytest.approx(saved[0], abs=1e-3)
     assert restored == pytest.approx(saved, abs=0.5)
