@@ -154,7 +154,7 @@ def _info(data: bytes) -> int:
     tokens: int = struct.unpack_from("<I", data, 8)[0]
     at = 12 + 4 * tokens
     assert struct.unpack_from("<II", data, at) == (1, 300)  # streams, cells
-    return at + 8 + 300 * 24 + 8  # position, number of sequences, three of the cell, sequence
+    return at + 8 + 300 * 12 + 8  # position, number of sequences, sequence
 
 
 def _patched(data: bytes, field: int, value: int) -> bytes:
