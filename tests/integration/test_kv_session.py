@@ -141,8 +141,8 @@ def test_files_that_are_no_states(smol: Session, tmp_path: Path) -> None:
     for damaged, differs in (
         (b"GGUF" + data[4:], "not a file of a saved sequence"),
         (data[:800], "cut off"),
-        (data[: len(data) // 2], "read"),
-        (data[:-1], "read"),
+        (data[: len(data) // 2], "cut off"),
+        (data[:-1], "cut off"),
         (_patched(data, 0, 99), "the state has version 99, this build knows version 1"),
     ):
         broken.write_bytes(damaged)
