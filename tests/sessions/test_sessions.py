@@ -122,18 +122,14 @@ def test_slot_restored_by_another_server(place: Place) -> None:
     assert np.allclose(got.logprobs, expected.logprobs, atol=1e-4)
 
 
-def test_slot_restored_at_another_context_size(place: Place, told: TELL) -> None:
+def test_slot_restored_at_another_context_size(place: Place) -> None:
     with place.own("-c", "2048", "-np", "2") as first:
         first.complete(STORY, 1, id_slot=0, cache_prompt=True)
         assert _slot(first, "save").status_code == 200
         expected = first.complete(STORY + QUESTIONS[0], 12, id_slot=0, cache_prompt=True)
     with place.own("-c", "8192", "-np", "4") as second:
         restored = _slot(second, "restore", 1)
-        if restored.status_code != 200:
-            message = restored.json()["error"]["message"]
-            assert restored.status_code == 400 and message
-            told("refused")
-            return
+        assert restored.status_code == 200, restored.text
         got = second.complete(STORY + QUESTIONS[0], 12, id_slot=1, cache_prompt=True)
     assert got.cached > 35
     assert got.tokens == expected.tokens
