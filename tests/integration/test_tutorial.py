@@ -19,7 +19,7 @@ from turbo_eval.util import paths
 
 DEMO = "make demo"
 CHOOSE = "turbo-eval recommend smollm2-135m --max-delta-ppl 3% --no-measure"
-SERVE = "turbo-eval serve smollm2-135m --max-delta-ppl 3%"
+SERVE = "turbo-eval serve smollm2-135m --max-kld 0.05"
 ASK = (
     "curl -s http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d"
     """ '{"messages": [{"role": "user", "content": "Name three rivers."}], "max_tokens": 40}'"""
