@@ -310,7 +310,7 @@ def test_two_hundred_requests_eight_at_a_time(server: LlamaServer) -> None:
 def test_memory_does_not_grow(place: Place) -> None:
     """2000 short requests of mixed lengths, with the RAM cache of prompts off."""
     rng = np.random.default_rng(0)
-    words = STORY.split()
+    words = STORY.split() * 3
     with place.own(*SHARED, "--cache-ram", "0") as server:
 
         def ask(n: int) -> Answer:
