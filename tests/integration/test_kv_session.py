@@ -144,6 +144,7 @@ def test_files_that_are_no_states(smol: Session, tmp_path: Path) -> None:
         (data[: len(data) // 2], "cut off"),
         (data[:-1], "cut off"),
         (_patched(data, 0, 99), "the state has version 99, this build knows version 1"),
+        (_patched(data, 5, 0xF0000000), "a name is too long"),
     ):
         broken.write_bytes(damaged)
         assert differs in smol.refusal(broken, "k=turbo3", "v=turbo3")

@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from resource import RLIMIT_AS, setrlimit
 
 import numpy as np
 
@@ -95,16 +97,23 @@ class Reader:
         return path.read_bytes()
 
     def run(self, options: list[str]) -> int:
+        return self.completed(options).returncode
+
+    def completed(self, options: list[str], memory: int | None = None) -> subprocess.CompletedProcess[str]:
+        """The tool's end and output; `memory` is the address space that it may have, in bytes."""
         argv = [str(self.build.tool("llama-completion")), "-m", str(self.model), "-p", "abcdefghijklmnopqrst"]
         argv += ["-n", "1", "-c", "256", "-no-cnv", "-fa", "on", "--no-warmup", "--device", "none"]
         argv += ["-fit", "off", "-t", "1", "--temp", "0", *options]
         return subprocess.run(
             argv,
             capture_output=True,
+            text=True,
+            errors="replace",
             stdin=subprocess.DEVNULL,
             timeout=60,
             env=child_environment()[0] | {"GGML_NO_BACKTRACE": "1"},
-        ).returncode
+            preexec_fn=None if memory is None else partial(setrlimit, RLIMIT_AS, (memory, memory)),
+        )
 
     def try_(self, data: bytes, options: list[str], name: str) -> int | None:
         """Its exit code on a file with that content, None if it hung; what it did is counted."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 
 from tests.sessions.conftest import make_place
-from tests.sessions.fuzz import Reader, fuzz
+from tests.sessions.fuzz import TYPES, Reader, fuzz
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 
@@ -47,6 +48,25 @@ def test_malformed_slots_are_refused(build: Build, smollm: ModelFile, folder: Pa
         assert again.tokens == expected.tokens
         good = server.post("/slots/1?action=restore", {"filename": "good.bin"})
         assert good.status_code == 200, good.text
+
+
+def test_a_string_of_almost_4_gib_is_refused_at_once(build: Build, tmp_path: Path) -> None:
+    """It must not be allocated first: 2 GiB of memory are enough to say no."""
+    reader = Reader(build, tmp_path)
+    good = reader.state(0)
+    at = 12 + 4 * struct.unpack_from("<I", good, 8)[0]  # magic, version, count of tokens, tokens
+    assert good[at : at + 9] == struct.pack("<I", 5) + b"qwen2"
+    reader_options = [*TYPES[0], "--prompt-cache-ro", "--prompt-cache"]
+
+    def tried(data: bytes) -> tuple[int, str]:
+        path = tmp_path / "tried"
+        path.write_bytes(data)
+        done = reader.completed([*reader_options, str(path)], memory=2 << 30)
+        return done.returncode, done.stderr + done.stdout
+
+    assert tried(good)[0] == 0
+    code, said = tried(good[:at] + struct.pack("<I", 0xF0000000) + good[at + 4 :])
+    assert code == 1 and "a string of 4026531840 bytes in the state" in said
 
 
 def test_mutated_states_and_profiles(build: Build, tmp_path: Path) -> None:
