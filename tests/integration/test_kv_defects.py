@@ -93,13 +93,14 @@ TEXT = "The ship left the harbour before dawn, and nobody on the quay could say 
 
 
 class Tools:
-    """Runs a tool of the build on one model, with Flash Attention, on the CPU."""
+    """Runs a tool of the build on one model, with Flash Attention unless options say otherwise."""
 
     def __init__(self, build: Build, model: Path) -> None:
         self.build, self.model = build, model
 
     def argv(self, name: str, *options: str) -> list[str]:
-        return [str(self.build.tool(name)), "-m", str(self.model), "-fa", "on", "-t", "1", *options]
+        attention = () if "-fa" in options else ("-fa", "on")
+        return [str(self.build.tool(name)), "-m", str(self.model), "-t", "1", *attention, *options]
 
     def run(self, name: str, *options: str, shim: Path | None = None, code: int = 0, **env: str) -> str:
         """What it printed; it must end with that code."""
@@ -268,11 +269,16 @@ def test_memory_at_exit_counts_the_anchor(tools: Tools) -> None:
     assert context == {"off": "2", "on": "3"}
 
 
-def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+def interrupt_twice(process: subprocess.Popen[bytes], log: Path, begins: str) -> None:
+    """Ctrl-C while a long prompt is computed, and again: its graph is split after `begins` is in the log."""
     limit = time.monotonic() + 60
-    while words not in log.read_text(errors="replace"):
+    while "split" not in log.read_text(errors="replace").partition(begins)[2]:
         assert process.poll() is None and time.monotonic() < limit, log.read_text(errors="replace")[-2000:]
         time.sleep(0.02)
+    for _ in range(2):
+        time.sleep(0.3)  # between the two, or the kernel makes one of them
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
 
 
 def test_second_interrupt_ends_llama_cli(tools: Tools, shim: Path, tmp_path: Path) -> None:
@@ -299,20 +305,11 @@ def test_second_interrupt_ends_llama_cli(tools: Tools, shim: Path, tmp_path: Pat
             env=child_environment()[0] | {"LD_PRELOAD": str(shim)},
         )  # fmt: skip
     try:
-        wait_for("> The ship left", log, process)
-        twice(process)
+        interrupt_twice(process, log, "> The ship left")
         assert process.wait(timeout=10) == 130
         assert "exit handlers ran" not in log.read_text(errors="replace")
     finally:
         process.kill()
-
-
-def twice(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C while a long prompt is computed, and again."""
-    for _ in range(2):
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
 
 
 def test_second_interrupt_ends_llama_server(
@@ -327,8 +324,7 @@ def test_second_interrupt_ends_llama_server(
     ):
         asking = threading.Thread(target=ask, args=[server])
         asking.start()
-        wait_for("processing task", log, server.process)
-        twice(server.process)
+        interrupt_twice(server.process, log, "processing task")
         assert server.process.wait(timeout=10) == 1
         asking.join()
     assert "Received second interrupt" in log.read_text() and "exit handlers ran" not in log.read_text()
