@@ -90,7 +90,7 @@ def write_model(layout: Layout, path: Path) -> Path:
 
     writer = GGUFWriter(path, layout.arch)
     writer.add_block_count(LAYERS)
-    writer.add_context_length(4096)
+    writer.add_context_length(512)
     writer.add_embedding_length(EMBD)
     writer.add_feed_forward_length(FF)
     writer.add_head_count(HEADS)

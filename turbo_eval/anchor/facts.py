@@ -184,8 +184,10 @@ def read_facts(path: Path) -> Facts:
             number, _, rest = name.removeprefix("blk.").partition(".")
             blocks.setdefault(number, set()).add(rest)
     layers = []
-    for i in range(info.n_layer):
-        names = blocks.get(str(i), set())
+    # HRM goes through two stacks of blocks several times, with a cache for each
+    looped = 2 * int(_number(header, info.arch, "hrm.layers_per_stack", 0)) or info.n_layer
+    for i in range(_with_a_cache(header, info.arch, info.n_layer)):
+        names = blocks.get(str(i % looped), set())
         latent = not names.isdisjoint({"attn_kv_a_mqa.weight", "attn_kv.weight"})
         # of linear attention and state-space layers: no keys
         linear = "attn_gate.weight" in names or any(name.startswith("ssm_") for name in names)
@@ -235,6 +237,13 @@ def _number(header: Header, arch: str, key: str, default: float) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         return default
     return float(value)
+
+
+def _with_a_cache(header: Header, arch: str, n_layer: int) -> int:
+    """Layers from the first on that keep keys of their own; later ones read those of another layer."""
+    if arch == "gemma3n":
+        return min(n_layer, 20)
+    return max(0, n_layer - int(_number(header, arch, "attention.shared_kv_layers", 0)))
 
 
 def _array(header: Header, arch: str, key: str, n_layer: int) -> Sequence[int]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-# tokens; n_ref in src/llama-kv-anchor.cpp
+# tokens, or the context that the model was trained for, if that is less; n_ref in src/llama-kv-anchor.cpp
 REFERENCE_LENGTH = 8192
 
 
@@ -34,11 +34,13 @@ class KBias:
         name: of the model.
         pairs: [layer, KV head, pair], the norm of the two bias values of a RoPE pair.
         theta: [pair], radians a position, fastest first.
+        trained: tokens of context that the model was trained for; 0: not known.
     """
 
     name: str
     pairs: Array
     theta: Array
+    trained: int = 0
 
     def largest(self) -> Array:
         """[layer], the largest pair norm."""
@@ -49,7 +51,7 @@ class KBias:
 
         The anchor is llama.cpp's, see `anchor_phase`. 1 for a layer whose bias is zero.
         """
-        taken = taken_share(self.theta, ctx)
+        taken = taken_share(self.theta, ctx, self.trained)
         energy = (self.pairs**2).sum(axis=1)
         total = energy.sum(axis=1)
         share: Array = np.divide(
@@ -67,22 +69,23 @@ def mean_phase(theta: Array, length: float) -> NDArray[np.complex128]:
     return phase
 
 
-def anchor_phase(theta: Array) -> NDArray[np.complex128]:
+def anchor_phase(theta: Array, trained: int = 0) -> NDArray[np.complex128]:
     """The complex factor, by pair, that turns a bias into the anchor.
 
     It is the same for every context size, so that saved states fit all of them: the mean over
-    positions, averaged over the lengths `REFERENCE_LENGTH`, half of it, … 256.
+    positions, averaged over the lengths `REFERENCE_LENGTH`, half of it, … 256. The first is the
+    context that the model was `trained` for, if that is shorter.
     """
-    lengths = [float(REFERENCE_LENGTH)]
-    while lengths[-1] / 2 >= 256:
-        lengths.append(lengths[-1] / 2)
+    lengths = [min(REFERENCE_LENGTH, trained or REFERENCE_LENGTH)]
+    while lengths[-1] // 2 >= 256:
+        lengths.append(lengths[-1] // 2)
     phases: NDArray[np.complex128] = np.mean([mean_phase(theta, n) for n in lengths], axis=0)
     return phases
 
 
-def taken_share(theta: Array, ctx: int) -> Array:
+def taken_share(theta: Array, ctx: int, trained: int = 0) -> Array:
     """[pair], the share of a constant's energy that the anchor takes out at `ctx` tokens."""
-    anchor = anchor_phase(theta)
+    anchor = anchor_phase(theta, trained)
     share: Array = 2 * (np.conj(mean_phase(theta, ctx)) * anchor).real - np.abs(anchor) ** 2
     return share
 
@@ -112,7 +115,7 @@ def read_kbias(path: Path) -> KBias:
             else (rotated[:, : len(theta)], rotated[:, len(theta) :])
         )
         layers.append(np.hypot(*halves))
-    return KBias(info.name, np.array(layers), theta)
+    return KBias(info.name, np.array(layers), theta, info.n_ctx_train or 0)
 
 
 def _theta(numbers: dict[str, float], arch: str, dim: int) -> Array:

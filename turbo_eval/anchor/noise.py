@@ -76,7 +76,7 @@ def _combine(
     constant = _energies(facts, theta, mean**2)
     e_k = _energies(facts, theta, k_var) + constant
     share = np.zeros(e_q.shape[1])
-    share[: len(theta)] = np.abs(anchor_phase(theta)) ** 2 if len(theta) else 0.0
+    share[: len(theta)] = np.abs(anchor_phase(theta, facts.info.n_ctx_train or 0)) ** 2 if len(theta) else 0.0
     share[len(theta) :] = 1.0
     left = np.maximum(e_k - constant * share, 0.0)
     dim = layer.dim_k
@@ -103,7 +103,7 @@ def _constant(facts: Facts, theta: Array, mean: Array, ctx: int) -> tuple[float,
         return 0.0, float("nan")
     share = np.ones(energy.shape[1])
     if len(theta):
-        share[: len(theta)] = taken_share(theta, ctx)
+        share[: len(theta)] = taken_share(theta, ctx, facts.info.n_ctx_train or 0)
     return float(np.sqrt(energy.max())), float((energy * share).sum() / total)
 
 
