@@ -80,7 +80,7 @@ def served(command: str, home: Path) -> Iterator[str]:
             said += line
         yield said
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the tests run in the background
         process.wait(60)
 
 
