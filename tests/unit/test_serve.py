@@ -13,6 +13,7 @@ from tests.support.inside import call
 from tests.support.records import make_kld, make_record
 from turbo_eval.inputs.kv_profile import ModelShape, Profile, write_profile
 from turbo_eval.llama.provenance import machine
+from turbo_eval.records.cell import CellProfile
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store
 
@@ -46,6 +47,17 @@ def test_the_smallest_within_the_bound(place: World) -> None:
     assert code == 0, err
     assert out.strip().startswith(f"llama-server -m {place.model} -c 2048 -fa on -ctk turbo4 -ctv turbo4")
     assert out.strip().endswith("--port 8080 -np 2")  # as given, behind ours
+
+
+def test_a_profile_on_record_is_served_by_its_file(place: World, tmp_path: Path) -> None:
+    (record,) = measured(place, turbo3=0.02)
+    content = CellProfile(sha256="0" * 64, types_k="turbo3", types_v="turbo3", bits_k=3.25, bits_v=3.25)
+    cell = record.cell.model_copy(update={"k": "mixed", "v": "3.25", "profile": content})
+    run = record.run.model_copy(update={"argv": ("x", "--kv-profile", str(tmp_path / "p.gguf"))})
+    record = record.model_copy(update={"key": cell.key(), "cell": cell, "run": run})
+    code, out, err = serve(place, "--max-kld", "0.05", records=(record,))
+    assert code == 0, err
+    assert f"--kv-profile {tmp_path / 'p.gguf'}" in out and "-ctk" not in out
 
 
 def test_a_port_of_the_servers_own_options(place: World) -> None:

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +16,6 @@ from turbo_eval.analysis.ladder import Ladder, Windows, Wish
 from turbo_eval.analysis.recommend import Bound, Candidate, best, oddities
 from turbo_eval.analysis.recommend import recommend as rank
 from turbo_eval.analysis.staleness import moved_on
-from turbo_eval.analysis.summary import Summary
 from turbo_eval.commands import options as o
 from turbo_eval.formats.window import resolve
 from turbo_eval.inputs.corpora import default_name, registry, resolve_corpus
@@ -27,8 +25,8 @@ from turbo_eval.llama.provenance import collect
 from turbo_eval.llama.tool import check_window
 from turbo_eval.records.record import Record
 from turbo_eval.records.store import Store, warn_once
-from turbo_eval.serving.choose import said_of_bound
-from turbo_eval.serving.line import Cache, server_argv
+from turbo_eval.serving.choose import cache_of, said_of_bound
+from turbo_eval.serving.line import server_argv
 from turbo_eval.sweep.plan import beyond_training
 from turbo_eval.util import numbers as n
 from turbo_eval.util.numbers import AUTO
@@ -218,28 +216,17 @@ def _exit_code(ranked: Sequence[Candidate]) -> int:
 def run_line(candidate: Candidate, file: ModelFile, build: Build, ctx: int) -> str:
     """The command that serves the model with this cache."""
 
-    row = candidate.row
-    cache = Cache(row.k, row.v, anchor=row.anchor, window=row.window)
-    if row.profile is not None:
-        cache = Cache(profile=_profile(row), anchor=row.anchor, window=row.window)
-    return shlex.join(server_argv(build, file.path, cache, ctx=ctx))
+    return shlex.join(server_argv(build, file.path, cache_of(candidate.row), ctx=ctx))
 
 
 def serve_line(candidate: Candidate, name: str, bound: Bound, ctx: int) -> str:
     """The same through `turbo-eval serve`."""
     row = candidate.row
-    if row.profile is not None:
-        return shlex.join(["turbo-eval", "serve", name, "--profile", str(_profile(row)), "--ctx", str(ctx)])
     own = row.window == resolve(AUTO, AUTO, row.k, row.v) and row.anchor in (AUTO, "")
     what = ["--pair", f"{row.k}:{row.v}"] if own else said_of_bound(bound)
+    if row.profile is not None:
+        what = ["--profile", str(cache_of(row).profile)]
     return shlex.join(["turbo-eval", "serve", name, *what, "--ctx", str(ctx)])
-
-
-def _profile(row: Summary) -> Path:
-    """It lies where it lay when it was measured."""
-    said = next((p for r in row.records for a in r.run.argv if (p := a.partition("profile=")[2])), "")
-    argv = row.records[0].run.argv
-    return Path(argv[argv.index("--kv-profile") + 1] if "--kv-profile" in argv else said or row.k)
 
 
 def _print(

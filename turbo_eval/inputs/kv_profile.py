@@ -111,48 +111,6 @@ def model_shape(path: Path) -> ModelShape:
     )
 
 
-@dataclass(frozen=True)
-class Promise:
-    """What a profile says of itself: `held_out` is its measured mean KL divergence in nats, None if it isn't
-    there; the text it was measured on, "" and 0 likewise."""
-
-    held_out: float | None
-    bits: float | None
-    corpus: str
-    ctx: int
-    chunks: int
-
-
-def read_promise(path: Path) -> Promise:
-    """Read it from the file.
-
-    Raises:
-        UsageError: missing, or no profile.
-    """
-    try:
-        said = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UsageError(f"{path} is no KV profile: {error}", "`turbo-eval tune` makes one") from None
-    if "kv_profile.type_k" not in said:
-        raise UsageError(f"{path} is no KV profile: it has no types", "`turbo-eval tune` makes one")
-
-    def number(key: str) -> float | None:
-        value = said.get(f"kv_profile.{key}")
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-    def count(key: str) -> int:
-        text = str(said.get(f"kv_profile.{key}", ""))
-        return int(text) if text.isdecimal() else 0
-
-    return Promise(
-        number("kld.held_out"),
-        number("bits_per_value"),
-        str(said.get("kv_profile.corpus.name", "")),
-        count("context_length"),
-        count("chunks"),
-    )
-
-
 def read_statistics(path: Path) -> dict[str, NDArray[np.float16]]:
     """The tensors of a calibration file (see calibrate.py)."""
     return {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
@@ -190,11 +148,11 @@ def read_profile(path: Path) -> ProfileFile:
         reader = GGUFReader(path)
         said = {key: f.contents() for key, f in reader.fields.items()}
     except OSError as error:
-        raise UsageError(f"profile {path} cannot be read: {error.strerror}", _SEE) from None
+        raise UsageError(f"{path} is no KV profile: it cannot be read ({error.strerror})", _SEE) from None
     except (ValueError, IndexError, KeyError, TypeError):
         raise UsageError(f"{path} is no GGUF file", _SEE) from None
     if said.get("general.type") != "kv_profile":
-        raise UsageError(f"{path} is no KV profile", _SEE)
+        raise UsageError(f"{path} is no KV profile: it has no types", _SEE)
     version = said.get("kv_profile.version")
     if version != VERSION:
         raise UsageError(
@@ -242,7 +200,7 @@ def read_profile(path: Path) -> ProfileFile:
 
 
 def _float(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def write_profile(profile: Profile, model: ModelShape, out: Path) -> None:

@@ -11,7 +11,7 @@ from turbo_eval.analysis.recommend import Bound, Candidate, best, recommend
 from turbo_eval.analysis.summary import Summary, summarize
 from turbo_eval.errors import IncompleteError, RegressionError
 from turbo_eval.formats.window import OFF, resolve
-from turbo_eval.inputs.kv_profile import read_promise
+from turbo_eval.inputs.kv_profile import read_profile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
@@ -121,20 +121,33 @@ def profile(path: Path) -> Choice:
     Raises:
         UsageError: it is no profile.
     """
-    promise = read_promise(path)
+    told = read_profile(path).profile
     cache = Cache(profile=path)
-    if promise.held_out is None:
+    if told.held_out is None:
         return Choice(cache, "", "the profile does not say; `turbo-eval tune` writes it")
-    source = " ".join(filter(None, ("measured on text that was held out of", promise.corpus)))
-    if promise.ctx and promise.chunks:
-        source += f", {promise.chunks} chunks of {promise.ctx} tokens"
-    return Choice(cache, f"KLD {promise.held_out:.4f}", f"{source} [{path.name}]")
+    where = told.provenance
+    source = " ".join(filter(None, ("measured on text that was held out of", where.get("corpus.name"))))
+    if "held_out" in where:
+        source += f", {where['held_out']}"
+    return Choice(cache, f"KLD {told.held_out:.4f}", f"{source} [{path.name}]")
+
+
+def cache_of(row: Summary) -> Cache:
+    """What the row's records were measured with."""
+    if row.profile is not None:
+        return Cache(profile=_file_of(row), anchor=row.anchor, window=row.window)
+    return Cache(row.k, row.v, anchor=row.anchor, window=row.window)
+
+
+def _file_of(row: Summary) -> Path:
+    """A profile lies where it lay when it was measured."""
+    said = next((p for r in row.records for a in r.run.argv if (p := a.partition("profile=")[2])), "")
+    argv = row.records[0].run.argv
+    return Path(argv[argv.index("--kv-profile") + 1] if "--kv-profile" in argv else said or row.k)
 
 
 def _of(candidate: Candidate) -> Choice:
-    row = candidate.row
-    cache = Cache(row.k, row.v, anchor=row.anchor, window=row.window)
-    return Choice(cache, *_figures(candidate))
+    return Choice(cache_of(candidate.row), *_figures(candidate))
 
 
 def _figures(candidate: Candidate) -> tuple[str, str]:

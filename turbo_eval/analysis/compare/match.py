@@ -19,40 +19,9 @@ Entry = Record | BenchRecord
 # What a cell must share to be the same question, whatever is compared.
 _QUESTION = ("metric", "model", "corpus", "ctx", "chunks", "options")
 # What the two sides may be compared *in*: left out of the match when they have no value in common.
-_CONTRAST = (
-    *(
-        "k",
-        "v",
-        "profile",
-        "recent",
-        "first",
-        "tree",
-        "backend",
-        "anchor",
-        "batch",
-        "ubatch",
-        "flash_attn",
-        "env",
-    ),
-    "machine",
-)
-_SELECTABLE = (
-    *(
-        "metric",
-        "model",
-        "ctx",
-        "chunks",
-        "k",
-        "v",
-        "profile",
-        "recent",
-        "first",
-        "tree",
-        "backend",
-        "ubatch",
-    ),
-    *("machine", "anchor", "pin"),
-)
+_CACHE = ("k", "v", "profile", "recent", "first", "tree", "backend")
+_CONTRAST = (*_CACHE, "anchor", "batch", "ubatch", "flash_attn", "env", "machine")
+_SELECTABLE = ("metric", "model", "ctx", "chunks", *_CACHE, "ubatch", "machine", "anchor", "pin")
 _BY_PREFIX = frozenset({"tree", "pin", "machine", "profile"})
 
 
