@@ -95,9 +95,9 @@ def test_records_are_those_of_llama_perplexity(sweep: Sweep, tmp_path: Path) -> 
         same = ("k", "v", "kv_mib", "k_bits", "flash_attn", "recent", "first", "rot_k", "ctx")
         assert {x: record["effective"][x] for x in same} == {x: known["effective"][x] for x in same}
         if record["kld"]:
-            for figure in ("mean", "median", "p90", "ln_ratio", "ppl_base"):
+            for figure in ("mean", "median", "ln_ratio", "ppl_base"):
                 assert record["kld"][figure] == pytest.approx(known["kld"][figure], abs=1e-5, rel=1e-5)
-            for figure in ("p99", "max"):  # of single tokens, which 16 bits move more than the mean
+            for figure in ("p90", "p99", "max"):  # of single tokens, which 16 bits move more than the mean
                 assert record["kld"][figure] == pytest.approx(known["kld"][figure], abs=1e-4, rel=1e-4)
             assert record["kld"]["same_top_pct"] == pytest.approx(known["kld"]["same_top_pct"], abs=2)
         else:
