@@ -187,9 +187,10 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     // with a second segment: two streams where there are several queries, and mostly attention sinks
     const int ns = c.n_win > 0 && c.nq > 1 ? 2 : 1;
     const bool has_sinks = ns > 1 && c.nq != 24;
+    const bool sink_rows = has_sinks && c.tw == GGML_TYPE_F16; // a sink for each row of q, or one a head
     rng_t rng(c.hs*131 + c.kv*17 + c.nq + c.tk*1009 + c.tv*9176 + c.tw*31 + c.n_win*71);
 
-    std::vector<float> q((size_t) c.hs*c.nq*nh*ns), sinks(nh);
+    std::vector<float> q((size_t) c.hs*c.nq*nh*ns), sinks((size_t) nh*(sink_rows ? c.nq*ns : 1));
     for (auto & x : q)     { x = rng.gauss(); }
     for (auto & x : sinks) { x = rng.gauss(); }
     std::vector<segment> segments;
@@ -214,7 +215,8 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
     for (int r = 0; r < ns*c.nq*nh; ++r) {
         const int h = r % nh, i = r/nh % c.nq, is = r/nh/c.nq;
         const float * qi = &q[(((size_t) is*nh + h)*c.nq + i)*c.hs];
-        double m = has_sinks ? sinks[h] : -INFINITY;
+        const double sink = has_sinks ? sinks[sink_rows ? ((size_t) is*c.nq + i)*nh + h : h] : -INFINITY;
+        double m = sink;
         p.clear();
         for (const segment & g : segments) {
             for (int j = 0; j < g.n; ++j) {
@@ -232,7 +234,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
             }
         }
         double * o = &ref[(size_t) r*c.hs];
-        double s = has_sinks ? exp(sinks[h] - m) : 0;
+        double s = has_sinks ? exp(sink - m) : 0;
         size_t at = 0;
         for (const segment & g : segments) {
             for (int j = 0; j < g.n; ++j, ++at) {
@@ -260,7 +262,7 @@ static result run_fa(ggml_backend_t dev, const fa_case & c, const std::vector<se
             tv.push_back(g.view(kv[2*tv.size() + 1], r.ctx, g.tv, c.hs, n_kvh, ns, dev));
             tm.push_back(ggml_new_tensor_4d(r.ctx, GGML_TYPE_F16, g.n, c.nq, 1, ns));
         }
-        ggml_tensor * ts = has_sinks ? ggml_new_tensor_1d(r.ctx, GGML_TYPE_F32, nh) : nullptr;
+        ggml_tensor * ts = has_sinks ? ggml_new_tensor_3d(r.ctx, GGML_TYPE_F32, nh, sink_rows ? c.nq : 1, sink_rows ? ns : 1) : nullptr;
         ggml_tensor * out = ggml_flash_attn_ext(r.ctx, tq, tk[0], tv[0], tm[0], scale, 0.0f, 0.0f);
         ggml_flash_attn_ext_add_sinks(out, ts);
         if (c.sparse) { ggml_flash_attn_ext_set_n_kv_max(out, c.kv); }

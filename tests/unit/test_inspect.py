@@ -96,11 +96,11 @@ def test_where_the_anchor_stays_off(tmp_path: Path, layout: Layout, sentence: st
     assert said(write_model(layout, tmp_path / "m.gguf"))["anchor"] == {"works": False, "why": sentence}
 
 
-def test_sinks_are_shifted_on_the_cpu_only(tmp_path: Path) -> None:
+def test_sinks_are_shifted_on_the_cpu_and_on_metal_only(tmp_path: Path) -> None:
     """The answer hangs on a tensor, not on the architecture's name."""
     sinks = Layout("gpt-oss", tensors=lambda: {"blk.0.attn_sinks.weight": np.ones(4, np.float32)})
     found = said(write_model(sinks, tmp_path / "m.gguf"))["anchor"]
-    assert found["works"] and "on the CPU only, since the model has attention sinks" in found["why"]
+    assert found["works"] and "on the CPU and on Metal only, since the model has attention sinks" in found["why"]
     assert "sinks" not in said(write_model(Layout("gpt-oss"), tmp_path / "m.gguf"))["anchor"]["why"]
 
 

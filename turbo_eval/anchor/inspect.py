@@ -20,7 +20,7 @@ from turbo_eval.util import paths
 UBATCH = 512  # tokens of a batch that a sliding window keeps besides its own: llama.cpp's default
 _PAD = 256  # cells; llama.cpp pads sliding caches to it
 _SINKS = (
-    "on the CPU only, since the model has attention sinks, which other devices cannot shift from row to row"
+    "on the CPU and on Metal only, since the model has attention sinks, which other devices cannot shift from row to row"
 )
 
 
