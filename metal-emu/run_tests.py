@@ -6,7 +6,8 @@
 TREE is the llama.cpp tree the emulator was built from, --bin the folder of its CPU build, --out the
 emulator's build folder. Steps: `crosscheck` (names resolve), `ops` (llama.cpp's own test-backend-ops against
 the CPU backend), `pairs` (every K/V pair against a reference in double, in three lane orders), `controls`
-(planted faults must be caught), `model` (a whole model on the emulated device, its logits against the CPU's).
+(planted faults must be caught), `model` (a whole model on the emulated device, its logits against the CPU's),
+`archs` (small random models of several architectures with cache types, K anchor and exact window).
 
 Exit code 0: all passed; 1: something failed; 2: something to run is missing.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 
 HERE = Path(__file__).resolve().parent
-STEPS = ("crosscheck", "ops", "pairs", "controls", "model")
+STEPS = ("crosscheck", "ops", "pairs", "controls", "model", "archs")
 
 # The whole-model step. How far the device's logits may be (mean KL divergence, nats) from the CPU's for these
 # pairs, and from the CPU's with exact attention for all; how far a turbo pair's divergence from f16 may be
@@ -54,6 +55,11 @@ MODEL_PAIRS_QUICK = ("f16/f16", "q8_0/q8_0", "turbo3/turbo4", "turbo3/turbo3+32"
 # 1024 keys: the heads that share a KV head together
 MODEL_PROBES = ("64:16", "96:24", "128:32", "160:16", "1100:1", "1101:1")
 MODEL_PROBES_QUICK = ("64:16", "96:32")
+
+
+# The step `archs`: plain, with norms of Q and K, with sliding windows, with attention sinks, with one matrix for Q, K and V
+ARCHS = ("llama", "qwen2", "qwen3", "gemma3", "gpt-oss", "granite_swa", "phi3", "glm4")
+ARCHS_QUICK = ("gpt-oss",)
 
 
 @dataclass(frozen=True)
@@ -275,6 +281,21 @@ class Run:
         wanted = ["_vec_pair_", "_kv_turbo4_f16"] + ([] if self.quick else ["_ext_pair_", "_gqa=3"])
         missing = [name for name in wanted if name not in kernels]
         self.report("model kernels", not missing, f"missing: {missing}" if missing else "all paths ran")
+
+    def archs(self) -> None:
+        """Whole small models against a cache of F32: llama.cpp's own test judges them."""
+        names = ARCHS_QUICK if self.quick else ARCHS
+        argv = [str(self.bin / "test-llama-archs"), "-kv", "-b", "MTL0", "-a", f"^({'|'.join(names)})$"]
+        code, text = self.call(argv)
+        m = re.search(r"Summary: (\d+) case\(s\), 0 failed", text)
+        ran = set(re.findall(r"^\|([\w-]+)\|", text, re.M))
+        bad = [line for line in text.splitlines() if "|FAIL|" in line or "metal-emu:" in line]
+        self.report(
+            "archs",
+            code == 0 and m is not None and ran == set(names),
+            "; ".join([*bad[:3], text.strip().splitlines()[-1]]),
+        )
+        self.counts["archs"] = f"{m[1] if m else 0} cases of {len(ran)} architectures"
 
     def judge_model(self, pair: str, out: str) -> None:
         """The verdict on one pair from metal-model's output."""

@@ -161,6 +161,12 @@ def test_pairs_in_every_lane_order_and_gpu_family(emulator: Path, build: Build) 
 
 
 @pytest.mark.metal
+def test_attention_sinks_follow_the_anchor_on_the_device(emulator: Path, build: Build) -> None:
+    """A small gpt-oss with a large K bias: cache types, K anchor and window against a cache of F32."""
+    assert "10 cases of 1 architectures" in _run_tests("archs", build)
+
+
+@pytest.mark.metal
 def test_llama_cpps_own_cases_pass(emulator: Path, build: Build) -> None:
     """SET_ROWS, CPY, GET_ROWS, CONCAT, flash attention with turbo types, also beside a window."""
     out = _run_tests("ops", build)
