@@ -57,7 +57,7 @@ MODEL_PROBES = ("64:16", "96:24", "128:32", "160:16", "1100:1", "1101:1")
 MODEL_PROBES_QUICK = ("64:16", "96:32")
 
 
-# The step `archs`: plain, with norms of Q and K, with sliding windows, with attention sinks, with one matrix for Q, K and V
+# The step `archs`: plain, norms of Q and K, sliding windows, attention sinks, one matrix for Q, K and V
 ARCHS = ("llama", "qwen2", "qwen3", "gemma3", "gpt-oss", "granite_swa", "phi3", "glm4")
 ARCHS_QUICK = ("gpt-oss",)
 

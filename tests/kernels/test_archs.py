@@ -37,6 +37,7 @@ NAMED = (
 # with a bias of K that a quantizer cannot take
 BIASED = ("llama", "qwen2", "phi3", "glm4")
 SINKS = ("gpt-oss", "granite_swa")
+ODD_HEADS = ("laguna", "step35")
 # layers that keep keys and values, of two; Falcon-H1's are both attention and recurrent
 HYBRIDS = {"qwen3next": 1, "qwen35": 1, "lfm2": 1, "granitehybrid": 1, "plamo2": 1, "falcon-h1": 2}
 
@@ -79,6 +80,13 @@ def test_anchor_is_exact_or_off_by_name(ran: Ran, arch: str) -> None:
     assert on.kld <= 0.02
     assert on.kld <= 0.04 * off.kld
     assert arch not in BIASED or off.kld > 0.5
+
+
+@pytest.mark.parametrize("arch", ODD_HEADS)
+def test_heads_that_blocks_do_not_divide_are_filled_up(ran: Ran, arch: str) -> None:
+    assert ran.case(arch, "turbo4").kld <= 0.02 < 0.5 < ran.case(arch, "turbo4 off").kld
+    refused = "K cache type q8_0 with block size 32 does not divide n_embd_head_k=80"
+    assert refused in ran.case(arch, "q8_0").said
 
 
 @pytest.mark.parametrize("arch", SINKS)
@@ -129,7 +137,6 @@ def test_why_the_anchor_is_off(ran: Ran, arch: str, sentence: str) -> None:
         ("minimax-m3", "the model selects keys by an index"),
         ("mamba", "the model has no KV cache"),
         ("grok", "quantized V cache requires flash_attn to be enabled"),
-        ("step35", "K cache type turbo4 with block size 64 does not divide n_embd_head_k=80"),
     ],
 )
 def test_why_a_cache_is_refused(ran: Ran, arch: str, sentence: str) -> None:

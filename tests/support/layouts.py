@@ -17,7 +17,7 @@ VOCAB = 259
 
 @dataclass(frozen=True)
 class Layout:
-    """`rotary`: dims of a head that turn. `bias`: rms of K's. `extra` adds metadata, `tensors` tensors."""
+    """`dim`: values of a head, `rotary`: how many turn. `bias`: rms of K's. `extra` adds metadata."""
 
     arch: str
     rotary: int = DIM
@@ -26,6 +26,7 @@ class Layout:
     qk_norm: bool = False
     post_norms: bool = False
     bias: float = 12.0
+    dim: int = DIM
     fused_up: bool = False
     ffn_norm: bool = True
     extra: Callable[[Any], None] = lambda writer: None
@@ -95,8 +96,8 @@ def write_model(layout: Layout, path: Path) -> Path:
     writer.add_feed_forward_length(FF)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(DIM)
-    writer.add_value_length(DIM)
+    writer.add_key_length(layout.dim)
+    writer.add_value_length(layout.dim)
     writer.add_rope_dimension_count(layout.rotary)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_eps(1e-5) if layout.layer_norm else writer.add_layer_norm_rms_eps(1e-5)
@@ -114,7 +115,7 @@ def write_model(layout: Layout, path: Path) -> Path:
     norm("output_norm")
     for name, values in layout.tensors().items():
         writer.add_tensor(name, values)
-    kv = KV_HEADS * DIM
+    kv = KV_HEADS * layout.dim
     for i in range(LAYERS):
         blk = f"blk.{i}"
         norms = ["attn_norm", *(["ffn_norm"] if layout.ffn_norm else [])]
@@ -123,9 +124,10 @@ def write_model(layout: Layout, path: Path) -> Path:
             norm(f"{blk}.{name}")
         if layout.qk_norm:
             for name in ("attn_q_norm", "attn_k_norm"):
-                writer.add_tensor(f"{blk}.{name}.weight", np.ones(DIM, np.float32))
-        for name, rows in (("attn_q", HEADS * DIM), ("attn_k", kv), ("attn_v", kv), ("attn_output", EMBD)):
+                writer.add_tensor(f"{blk}.{name}.weight", np.ones(layout.dim, np.float32))
+        for name, rows in (("attn_q", HEADS * layout.dim), ("attn_k", kv), ("attn_v", kv)):
             writer.add_tensor(f"{blk}.{name}.weight", matrix(rows, EMBD))
+        writer.add_tensor(f"{blk}.attn_output.weight", matrix(EMBD, HEADS * layout.dim))
         if layout.bias:
             writer.add_tensor(
                 f"{blk}.attn_k.bias", (rng.standard_normal(kv) * layout.bias).astype(np.float32)

@@ -100,19 +100,22 @@ def test_sinks_are_shifted_on_the_cpu_and_on_metal_only(tmp_path: Path) -> None:
     """The answer hangs on a tensor, not on the architecture's name."""
     sinks = Layout("gpt-oss", tensors=lambda: {"blk.0.attn_sinks.weight": np.ones(4, np.float32)})
     found = said(write_model(sinks, tmp_path / "m.gguf"))["anchor"]
-    assert found["works"] and "on the CPU and on Metal only, since the model has attention sinks" in found["why"]
+    assert found["works"] and "on the CPU and Metal only, since the model has attention sinks" in found["why"]
     assert "sinks" not in said(write_model(Layout("gpt-oss"), tmp_path / "m.gguf"))["anchor"]["why"]
 
 
 @pytest.mark.parametrize("dim", [80, 96, 112])
 def test_head_sizes(tmp_path: Path, dim: int) -> None:
-    """64 divides none of them, 32 only 96, and 16-bit types take all."""
+    """64 divides none of them and heads are filled up, 32 only 96, and 16-bit types take all."""
     model = tmp_path / "m.gguf"
     write_toy(model, dim)
     found = said(model)
-    for name in ("turbo4", "turbo3", "turbo2"):
-        why = f"blocks of 64 do not divide n_embd_head_k={dim}"
-        assert (found["types"][name]["works"], found["types"][name]["why"]) == (False, why)
+    for name, bits in (("turbo4", 4.25), ("turbo3", 3.25), ("turbo2", 2.25)):
+        why = f"heads of {dim} filled up to 128: {bits * 128 / dim:.2f} bits per value"
+        assert (found["types"][name]["works"], found["types"][name]["why"]) == (True, why)
+        assert found["types"][name]["bytes"] == pytest.approx(
+            found["types"]["f16"]["bytes"] * bits / 16 * 128 / dim, abs=1
+        )
     assert found["types"]["q8_0"]["works"] == (dim == 96)
     assert found["types"]["f16"]["works"]
     assert ("as f16" in found["exact_window"]["why"]) == (dim != 96)

@@ -9,7 +9,7 @@ from typing import Any
 
 from turbo_eval.analysis.recommend import Bound, best, recommend, shape_mib
 from turbo_eval.analysis.summary import Summary, summarize
-from turbo_eval.formats.cache_types import cache_type, usual_pairs
+from turbo_eval.formats.cache_types import cache_type, stored_dims, usual_pairs
 from turbo_eval.formats.window import Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
@@ -87,8 +87,12 @@ class Ladder:
             (k, v)
             for k, v in LADDER
             if {k, v} <= known
-            and not (info.head_dim_k and info.head_dim_k % cache_type(k).block)
-            and not (info.head_dim_v and info.head_dim_v % cache_type(v).block)
+            and all(
+                dim % cache_type(name).block == 0
+                for dim, name in zip(
+                    stored_dims(info.head_dim_k or 0, info.head_dim_v or 0, k, v), (k, v), strict=True
+                )
+            )
         ]
 
     def missing(self, rows: Sequence[Summary], ctx: int, bound: Bound) -> list[Pair]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from turbo_eval.anchor.facts import Facts, Layer
-from turbo_eval.formats.cache_types import CACHE_TYPES, CacheType
+from turbo_eval.formats.cache_types import CACHE_TYPES, CacheType, stored_dims
 from turbo_eval.formats.window import AUTO_FIRST, AUTO_RECENT
 from turbo_eval.util import paths
 
 UBATCH = 512  # tokens of a batch that a sliding window keeps besides its own: llama.cpp's default
 _PAD = 256  # cells; llama.cpp pads sliding caches to it
 _SINKS = (
-    "on the CPU and on Metal only, since the model has attention sinks, which other devices cannot shift from row to row"
+    "on the CPU and Metal only, since the model has attention sinks, which other devices cannot shift by row"
 )
 
 
@@ -95,18 +95,19 @@ def cache_type(facts: Facts, row: CacheType) -> Answer:
     """For K and V at once."""
     if not facts.layers:
         return Answer(False, "the model has no KV cache")
-    for letter, dims in (
-        ("k", {layer.dim_k for layer in facts.layers}),
-        ("v", {layer.dim_v for layer in facts.layers}),
-    ):
-        for dim in sorted(dims):
-            if dim % row.block:
+    filled = ""
+    for dim_k, dim_v in sorted({(layer.dim_k, layer.dim_v) for layer in facts.layers}):
+        stored = stored_dims(dim_k, dim_v, row.name, row.name)
+        for letter, dim, kept in zip("kv", (dim_k, dim_v), stored, strict=True):
+            if kept % row.block:
                 return Answer(False, f"blocks of {row.block} do not divide n_embd_head_{letter}={dim}")
+            if kept != dim:
+                filled = f"heads of {dim} filled up to {kept}: {row.bpv * kept / dim:.2f} bits per value"
     known = architectures().get(facts.info.arch)
     said = known["types"].get(row.name, "on") if known else "on"
     if said != "on" and not _by_head_size(said):
         return Answer(False, said)
-    return Answer(True, "" if known else _untested(facts))
+    return Answer(True, "; ".join(filter(None, (filled, "" if known else _untested(facts)))))
 
 
 def _by_head_size(answer: str) -> bool:
@@ -138,4 +139,4 @@ def cells(facts: Facts, layer: Layer, ctx: int) -> int:
 
 
 def _layer_bits(layer: Layer, row: CacheType) -> float:
-    return layer.kv_heads * (layer.dim_k + layer.dim_v) * row.bpv
+    return layer.kv_heads * sum(stored_dims(layer.dim_k, layer.dim_v, row.name, row.name)) * row.bpv

@@ -181,10 +181,22 @@ def parse_pair(text: str) -> tuple[str, str]:
     return cache_type(parts[0]).name, cache_type(parts[1]).name
 
 
+def stored_dims(dim_k: int, dim_v: int, k: str, v: str) -> tuple[int, int]:
+    """Head dimensions of K and V in the cache, in values.
+
+    Where a type of the pair has blocks of 64 that do not divide a head, heads are filled up with zeros to a
+    multiple of 64 (llama_kv_cache::head_multiple() of the series).
+    """
+    if 64 in (cache_type(k).block, cache_type(v).block):
+        return -(-dim_k // 64) * 64, -(-dim_v // 64) * 64
+    return dim_k, dim_v
+
+
 def kv_mib(k: str, v: str, *, n_layer: int, n_head_kv: int, dim_k: int, dim_v: int, ctx: int) -> float:
     """KV cache size in MiB of a plain attention model: every layer caches every position.
 
     `dim_k` and `dim_v` are head dimensions in values, `ctx` in tokens.
     """
+    dim_k, dim_v = stored_dims(dim_k, dim_v, k, v)
     bits = n_layer * n_head_kv * ctx * (dim_k * cache_type(k).bpv + dim_v * cache_type(v).bpv)
     return bits / 8 / 2**20

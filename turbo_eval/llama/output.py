@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from turbo_eval.formats.cache_types import CACHE_TYPES
 from turbo_eval.records.record import Effective, Kld
 
 _NUM = r"(-?(?:nan|inf|\d+(?:\.\d+)?(?:e[+-]?\d+)?))"
@@ -72,6 +73,10 @@ class PplText:
     kld: Kld | None
 
 
+def _more_than(name: str, bits: str) -> bool:
+    return name in CACHE_TYPES and float(bits) > 1.01 * CACHE_TYPES[name].bpv
+
+
 def parse_effective(text: str) -> Effective:
     """What llama.cpp says it runs; fields it did not print are None."""
     caches = _KV_SIZE.findall(text)
@@ -90,9 +95,12 @@ def parse_effective(text: str) -> Effective:
     window = windows[-1] if windows else ("",) * 5
     window_mib = sum(float(w[3] or 0) for w in windows)
     of_profile = any(c[3] == OF_PROFILE for c in caches)
-    types = next(iter(_TYPES.findall(text)), None) if of_profile else None
-    if types is not None:
-        bits = [types[0]]
+    said = next(iter(_TYPES.findall(text)), None)
+    types = said if of_profile else None
+    # heads filled up with zeros take more than their type says
+    filled = said is not None and not of_profile and any(_more_than(c[5], said[2]) for c in caches)
+    if said is not None and (of_profile or filled):
+        bits = [said[0]]
     return Effective(
         k="+".join(dict.fromkeys(c[3] for c in caches)) or None,
         v="+".join(dict.fromkeys(c[5] for c in caches)) or None,
@@ -106,7 +114,7 @@ def parse_effective(text: str) -> Effective:
         flash_attn=_flash_state(flash, flash_auto),
         anchor=anchors[-1] if anchors else None,
         k_bits=float(bits[-1]) if bits else None,
-        v_bits=float(types[2]) if types else None,
+        v_bits=float(said[2]) if said is not None and (of_profile or filled) else None,
         types_k=types[1] if types else None,
         types_v=types[3] if types else None,
         recent=int(window[0] or 0) if windows else None,

@@ -42,7 +42,8 @@ class Effective(Frozen):
     stays on the GPU has a handful, one that falls back has at least one a layer. `anchor` is "off" or
     "on (…)" as printed; `gpu` its lines on the GPU's
     compute capability or family; `k_bits` the mean bits per K value where the anchor mixes types over layers.
-    `types_k`, `types_v` are the types by layer, `v_bits` the mean bits per V value, of a KV profile.
+    `types_k`, `types_v` are the types by layer of a KV profile; `v_bits` the mean bits per V value, of a
+    profile or where heads are filled up with zeros.
     `recent`, `first` are the exact window's sizes in tokens (0: off), `window_type` its type, `window_mib`
     its size, which `kv_mib` includes, `window_bits` the bits per value of the whole cache, window counted.
     """
@@ -238,7 +239,7 @@ class Record(Frozen):
         """Bits per V value."""
         if self.cell.profile is not None:
             return self.cell.profile.bits_v
-        return cache_type(self.cell.v).bpv
+        return self.effective.v_bits or cache_type(self.cell.v).bpv
 
     def row(self) -> dict[str, Any]:
         """One flat mapping of the fields that tables and scripts use."""
@@ -292,7 +293,8 @@ class Record(Frozen):
         if self.cell.profile is None:
             del data["cell"]["profile"]
             for name in ("v_bits", "types_k", "types_v"):
-                del data["effective"][name]
+                if data["effective"][name] is None:
+                    del data["effective"][name]
         if not self.provenance.types:
             del data["provenance"]["types"]
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from turbo_eval.anchor.profile import Cache, fitting_profiles, read_profiles, windowed_profiles
 from turbo_eval.errors import UsageError
-from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.formats.cache_types import cache_type, stored_dims
 from turbo_eval.formats.window import OFF, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
@@ -158,15 +158,17 @@ def windowed_pairs(spec: SweepSpec, metric: Metric, build: Build) -> list[Cache]
 
 
 def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
-    """Refuse a pair whose blocks don't divide the model's head dimensions.
+    """Refuse a pair whose blocks don't divide the model's head dimensions, as the cache stores them.
 
     Raises:
         UsageError: names the type, its block, the model and its head_dim.
     """
     info = model.gguf
-    for side, name, dim in (("K", pair[0], info.head_dim_k), ("V", pair[1], info.head_dim_v)):
+    stored = stored_dims(info.head_dim_k or 0, info.head_dim_v or 0, *pair)
+    sides = zip("KV", pair, (info.head_dim_k, info.head_dim_v), stored, strict=True)
+    for side, name, dim, kept in sides:
         block = cache_type(name).block
-        if dim and dim % block:
+        if kept % block:
             raise UsageError(
                 f"{name} works on blocks of {block} values, which do not divide head_dim {dim}"
                 f" of {side} in {model.name}",
