@@ -307,6 +307,7 @@ def test_two_hundred_requests_eight_at_a_time(server: LlamaServer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_memory_does_not_grow(place: Place) -> None:
     """2000 short requests of mixed lengths, with the RAM cache of prompts off."""
     rng = np.random.default_rng(0)
