@@ -19,6 +19,7 @@ import pytest
 from tests.support import toy
 from turbo_eval.bisect.condition import Condition
 from turbo_eval.errors import TurboEvalError, UsageError
+from turbo_eval.inputs.kv_profile import Profile, model_shape, write_profile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
@@ -127,7 +128,7 @@ def test_skips_what_does_not_build_and_resumes(miniature: Clone, build: Build, s
 
 @pytest.mark.build
 def test_finds_the_commit_with_the_numbers_on_both_sides(
-    miniature: Clone, build: Build, smollm: ModelFile
+    miniature: Clone, build: Build, smollm: ModelFile, tmp_path: Path
 ) -> None:
     if "turbo3" not in capabilities(build).cache_types:
         pytest.skip("the build has no turbo types")
@@ -136,13 +137,17 @@ def test_finds_the_commit_with_the_numbers_on_both_sides(
     for step, rotation in (("a", 1), ("b", 0), ("c", 0)):
         (repo / "rotation.h").write_text(f"#define ROTATION {rotation} // {step}\n")
         toy.commit(repo, f"clean {step}")
-    found = bisect(repo, miniature.commits[3], "clean", "turbo3:turbo3", *QUICK, model=smollm)
-    assert found.returncode == 0, found.stdout + found.stderr
-    first = re.search(r"first bad: \w{12} clean b: ppl ([\d.]+)", found.stdout)
-    before = re.search(r"before it: \w{12} clean a: ppl ([\d.]+)", found.stdout)
-    assert first is not None, found.stdout
-    assert before is not None, found.stdout
-    assert float(first[1]) > 1.05 * float(before[1])
+    profile, shape = tmp_path / "all-turbo3.gguf", model_shape(smollm.path)
+    types = ("turbo3",) * shape.n_layer
+    write_profile(Profile(types, types, recent=0, first=0), shape, profile)
+    for cell in ("turbo3:turbo3", str(profile)):
+        found = bisect(repo, miniature.commits[3], "clean", cell, *QUICK, model=smollm)
+        assert found.returncode == 0, found.stdout + found.stderr
+        first = re.search(r"first bad: \w{12} clean b: ppl ([\d.]+)", found.stdout)
+        before = re.search(r"before it: \w{12} clean a: ppl ([\d.]+)", found.stdout)
+        assert first is not None, found.stdout
+        assert before is not None, found.stdout
+        assert float(first[1]) > 1.05 * float(before[1])
     swapped = bisect(repo, "clean", miniature.commits[3], "turbo3:turbo3", *QUICK, model=smollm)
     assert swapped.returncode == 2
     assert "--good must be an ancestor of --bad" in swapped.stderr

@@ -68,7 +68,8 @@ class Estimate:
 class Bisection:
     """A search over `history` from `good` to `bad` (full commit ids).
 
-    `spec` asks for one pair and metric; `say` hears one line a step.
+    `spec` asks for one metric of one pair or profile, and of f16:f16 where the condition names it; `say`
+    hears one line a step.
     """
 
     history: History
@@ -90,7 +91,8 @@ class Bisection:
 
     def _cell_seconds(self) -> float | None:
         """The median time of this model's records here, for as much text; None without any."""
-        work = self.spec.ctx[0] * self.spec.chunks * len(self.spec.pairs)
+        cells = len(self.spec.pairs) + len(self.spec.profiles)
+        work = self.spec.ctx[0] * self.spec.chunks * cells
         known = [r for store in self._stores() for r in store.all()]
         rates = sorted(
             r.run.seconds / (r.cell.ctx * r.cell.chunks)
@@ -156,7 +158,11 @@ class Bisection:
         except UntestableError as error:
             return Tested(commit, "skip", error.message)
         of_metric = {r.cell.pair(): r for r in records if r.cell.metric == self.metric}
-        record = of_metric[":".join(self.spec.pairs[-1])]
+        [record] = [
+            r
+            for pair, r in of_metric.items()
+            if (r.cell.profile is not None if self.spec.profiles else pair == ":".join(self.spec.pairs[-1]))
+        ]
         for each in (record, *records):
             if not each.ok:
                 words = f"{each.cell.pair()} is {each.status}: {each.detail}"

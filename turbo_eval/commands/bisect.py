@@ -36,12 +36,14 @@ def register(app: typer.Typer) -> None:
 
           turbo-eval bisect --repo ~/llama.cpp --good b9000 --bad master --cell q4_0:q4_0
           --bad-if 'kld > 2 * baseline'
+
+        With --cell FILE a KV profile runs as it is, its exact window too.
         """
     )(bisect)
 
 
 def bisect(
-    cell: Annotated[str, typer.Option(help="The K:V pair to run, e.g. q8_0:turbo4.")],
+    cell: Annotated[str, typer.Option(help="The K:V pair to run, e.g. q8_0:turbo4, or a KV profile's file.")],
     bad_if: Annotated[str, typer.Option("--bad-if", help="Condition, e.g. 'ppl > 1.05 * baseline'.")],
     good: Annotated[str | None, typer.Option(help="A revision that is good.", show_default=False)] = None,
     bad: Annotated[str | None, typer.Option(help="A revision that is bad.", show_default=False)] = None,
@@ -66,8 +68,11 @@ def bisect(
 ) -> None:
 
     condition = Condition(bad_if)
-    pair = parse_pair(cell)
-    pairs = [pair] if "f16" not in condition.names or pair == ("f16", "f16") else [("f16", "f16"), pair]
+    profile = Path(cell).is_file()
+    exact = ("f16", "f16")
+    pairs = [] if profile else [parse_pair(cell)]
+    if "f16" in condition.names and exact not in pairs:
+        pairs.insert(0, exact)
     of_kld = {"kld", "kld_p99", "same_top"} & condition.names
     spec = sweep_spec(
         {
@@ -75,13 +80,15 @@ def bisect(
             "models": [model],
             **({"corpus": corpus} if corpus else {}),
             "pairs": [":".join(p) for p in pairs],
-            "baseline": ":".join(pairs[0]),
+            **({"profile": cell} if profile else {}),
+            "baseline": ":".join(pairs[0] if pairs else exact),
             "metrics": ["decode" if decode else "kld" if of_kld else "ppl"],
             "ctx": [ctx],
             "chunks": chunks,
             "backend": backend,
             **({"anchor": [anchor]} if anchor else {}),
-            "recent": [0],  # an exact window would hide part of a kernel's fault
+            # beside a pair an exact window would hide part of a kernel's fault; it is part of a profile
+            "recent": ["auto" if profile else 0],
             "threads": threads,
             "timeout": timeout,
         },
