@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
 
+from tests.support.harness import Cli, one_sentence
 from tests.support.layouts import LAYERS, LAYOUTS, write_model
 from turbo_eval.analysis.figures import save, tuning_figure
 from turbo_eval.errors import RegressionError
@@ -82,6 +85,27 @@ def test_the_fewest_bits_for_a_bound(build: Build, prose: CorpusFile, folder: Pa
 def test_a_bound_out_of_reach_names_the_nearest(build: Build, prose: CorpusFile, folder: Path) -> None:
     with pytest.raises(RegressionError, match=r"the nearest has 0\.\d+ at 8\.50 bits a value"):
         run(build, prose, folder, Goal(max_kld=1e-9))
+
+
+def test_exit_codes_on_both_sides_of_what_can_be_reached(
+    build: Build, prose: CorpusFile, folder: Path, tmp_path: Path
+) -> None:
+    cli, out = Cli(tmp_path, build.bin_dir), tmp_path / "p.gguf"
+    shared = ["tune", folder / "qwen2.gguf", "--corpus", prose.path, "--ctx", "256", "--chunks", "1"]
+    shared += ["--threads", "1", "--bin-dir", build.bin_dir, "--out", out, "--max-kld"]
+
+    def within(bound: float) -> subprocess.CompletedProcess[str]:
+        return cli.run(*shared, f"{bound:.9f}")
+
+    least = re.search(r"the nearest has (0\.\d+) at", within(1e-9).stderr)
+    assert least is not None
+    tighter = within(0.9 * float(least[1]))
+    assert tighter.returncode == 1 and one_sentence(tighter.stderr)
+    assert f"the nearest has {least[1]} at" in tighter.stderr and not out.exists()
+    met = within(1.1 * float(least[1]))
+    assert met.returncode == 0, met.stderr
+    held_out = GGUFReader(out).fields["kv_profile.kld.held_out"].contents()
+    assert held_out <= 1.1 * float(least[1])
 
 
 def test_a_bound_on_perplexity(build: Build, prose: CorpusFile, folder: Path, tuned: Tuned) -> None:
