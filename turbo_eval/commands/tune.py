@@ -26,7 +26,7 @@ from turbo_eval.serving.line import Cache, server_argv
 from turbo_eval.tune import run
 from turbo_eval.tune.measure import TOOL as MEASURE
 from turbo_eval.tune.measure import Extent
-from turbo_eval.tune.prepare import BETWEEN, JUDGED, Plan
+from turbo_eval.tune.prepare import BETWEEN, JUDGED, Plan, alone
 from turbo_eval.util import numbers as n
 
 
@@ -151,10 +151,9 @@ def _announce(plan: Plan, model: ModelFile, target: Path) -> None:
     parameters = model.size * 8 / 5  # about five bits a weight
     seconds = 2 * tokens * parameters / ((plan.threads or os.cpu_count() or 1) * 3e10)
     minutes = min(seconds, plan.budget or seconds) / 60
-    alone = 2 * model.gguf.n_layer + 2
     print(
-        f"{alone} caches on the text that finds the types, {BETWEEN} to choose from, {JUDGED} on other text:"
-        f" {tokens} tokens, roughly {minutes:.0f} min;"
+        f"{alone(model.gguf.n_layer)} caches on the text that finds the types, {BETWEEN} to choose from,"
+        f" {JUDGED} on other text: {tokens} tokens, roughly {minutes:.0f} min;"
         f" what was measured is kept in {target.with_suffix('.tune')}",
         file=sys.stderr,
     )

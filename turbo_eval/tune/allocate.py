@@ -1,13 +1,16 @@
 """The best types for a number of bits, from how much each layer's K and V matter.
 
-Quantization noise in one layer's K or V costs KL divergence in proportion to its energy, so one measurement
-of a layer, all else exact, tells what every type costs there: sensitivity × mean squared error of the type.
-Sums over layers hold as long as the divergence is small; what is found is measured, not believed.
+A layer's K or V is measured in a type or two, all else exact. That tells what every type costs there: the
+divergence goes with a power of the type's mean squared error. The power is 1 where noise is small. Noise in K
+that moves logits by more than about 1 costs more than that (softmax is an exponential), so the power is
+measured, for K and for V. Sums over layers hold as long as the divergence is small; what is found is
+measured, not believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from turbo_eval.errors import UsageError
@@ -22,10 +25,32 @@ _UNITS = 4  # a quarter of a bit: the types' bits are multiples of it
 
 @dataclass(frozen=True)
 class Side:
-    """K or V of one layer: `values` a token; `sensitivity`: divergence per unit of relative squared error."""
+    """K or V of one layer: `values` a token; `costs`: divergence in nats by type."""
 
     values: int
-    sensitivity: float
+    costs: Mapping[str, float]
+
+    @classmethod
+    def measured(cls, values: int, known: Mapping[str, float], power: float) -> Side:
+        """From what it costs in some types; each other type follows from the one whose error is nearest."""
+
+        def cost(name: str) -> float:
+            ratios = {t: noise(name) / noise(t) for t in known}
+            nearest = min(ratios, key=lambda t: abs(math.log(ratios[t])))
+            return known[nearest] * math.pow(ratios[nearest], power)
+
+        return cls(values, {t: cost(t) for t in LADDER})
+
+    def times(self, factor: float) -> Side:
+        return Side(self.values, {t: factor * cost for t, cost in self.costs.items()})
+
+
+def power(worse: str, better: str, cost: float, less: float) -> float:
+    """Of the divergence over the squared error, from what two types cost. 1 to 2: a type further off would be
+    out of proportion otherwise."""
+    if not 0 < less < cost:
+        return 1.0
+    return min(2.0, max(1.0, math.log(cost / less) / math.log(noise(worse) / noise(better))))
 
 
 @dataclass(frozen=True)
@@ -58,7 +83,7 @@ def bits_per_value(
 def predict(k: Sequence[str], v: Sequence[str], k_sides: Sequence[Side], v_sides: Sequence[Side]) -> float:
     """KL divergence in nats if the sides' contributions add up."""
     sides = [*zip(k, k_sides, strict=True), *zip(v, v_sides, strict=True)]
-    return sum(side.sensitivity * noise(t) for t, side in sides)
+    return sum(side.costs[t] for t, side in sides)
 
 
 class Front:
@@ -82,7 +107,7 @@ class Front:
             after: list[tuple[float, tuple[int, ...]] | None] = [None] * (top + 1)
             for b in range(top + 1):
                 options = [
-                    (before[0] + side.sensitivity * noise(t), LADDER.index(t), before[1])
+                    (before[0] + side.costs[t], LADDER.index(t), before[1])
                     for t, c in zip(ladder, cost, strict=True)
                     if b >= c and (before := best[b - c]) is not None
                 ]

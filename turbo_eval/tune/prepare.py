@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from turbo_eval.tune.measure import Extent, Text
 from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, run
 
+APART = 4  # caches beside each layer's K and V: exact, and three of all layers
 JUDGED, BETWEEN = 5, 5  # caches that are judged, and that are chosen from
 # Parts of the context to find the types on, from the most to the least: what lies behind the window costs
 # more in a long context, so a shorter one is a last resort.
@@ -66,10 +68,20 @@ class Plan:
         return finding[-1], judged[-1]
 
 
+def twice(layers: int) -> int:
+    """Layers whose K is measured in two types."""
+    return math.ceil(layers / 3)
+
+
+def alone(layers: int) -> int:
+    """Caches on the text that finds the types."""
+    return APART + 2 * layers + twice(layers)
+
+
 def work(layers: int, finding: Extent, judging: Extent) -> int:
     """Tokens that all contexts together evaluate, the exact ones among them."""
-    alone = 2 * layers + 2
-    return finding.tokens * (alone + alone // 12 + 1) + judging.tokens * (BETWEEN + 1 + JUDGED + 2)
+    caches = alone(layers)
+    return finding.tokens * (caches + caches // 12 + 2) + judging.tokens * (BETWEEN + 1 + JUDGED + 2)
 
 
 class Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +14,16 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.kv_profile import Profile, write_profile
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.tune.allocate import CAREFUL, LADDER, Allocation, Front, Side, noise, predict
+from turbo_eval.tune.allocate import CAREFUL, LADDER, Allocation, Front, Side, power, predict
 from turbo_eval.tune.measure import Cache, Divergence, Text
-from turbo_eval.tune.prepare import WEIGHTS, Bench, OnStep, Plan, prepare
+from turbo_eval.tune.prepare import WEIGHTS, Bench, OnStep, Plan, prepare, twice
 
-K_PROBE, V_PROBE = "turbo3", "turbo2"  # the type in which one layer is measured, all others exact
+# The type in which one layer is measured, all others exact; and one in which all layers are measured at once:
+# how the divergence goes from type to type.
+K_PROBE, V_PROBE = "turbo3", "turbo2"
+K_BETTER, V_BETTER = "turbo4", "turbo3"
 EXACT = "f16"
+WHAT = "each layer's K and V alone"
 # Of which allocations the best is taken: how much more K weighs than was measured, and the types for K.
 VARIANTS = ((1.0, LADDER), (1.0, CAREFUL), (2.0, LADDER), (0.5, CAREFUL))
 TOP_BITS = cache_type(LADDER[-1]).bpv
@@ -136,20 +140,29 @@ def _sensitivities(bench: Bench, model: ModelFile) -> tuple[list[Side], list[Sid
         return replace(bench.profile(k, v), recent_type=EXACT)
 
     exact = (EXACT,) * n
+    caches = [
+        alone(exact, exact),
+        bench.profile((K_PROBE,) * n, (K_PROBE,) * n),
+        alone((K_BETTER,) * n, exact),
+        alone(exact, (V_BETTER,) * n),
+        *(alone(_at(layer, K_PROBE, n), exact) for layer in range(n)),
+        *(alone(exact, _at(layer, V_PROBE, n)) for layer in range(n)),
+    ]
+    floor, together, *rest = [d.mean for d in _measure(bench, bench.finding, caches, WHAT)]
+    k_better, v_better, *layers = [max(cost - floor, 0.0) for cost in rest]
+    k_known = [{K_PROBE: cost} for cost in layers[:n]]
+    v_known = [{V_PROBE: cost} for cost in layers[n:]]
+    # the costliest take most of the bits, and what a better type leaves of their cost differs tenfold
+    top = sorted(range(n), key=lambda layer: -layers[layer])[: twice(n)]
+    again = _measure(bench, bench.finding, [alone(_at(layer, K_BETTER, n), exact) for layer in top], WHAT)
+    for layer, found in zip(top, again, strict=True):
+        k_known[layer][K_BETTER] = min(max(found.mean - floor, 0.0), layers[layer])
 
-    uniform = bench.profile((K_PROBE,) * n, (K_PROBE,) * n)
-    caches = [alone(exact, exact), uniform]
-    caches += [alone(_at(layer, K_PROBE, n), exact) for layer in range(n)]
-    caches += [alone(exact, _at(layer, V_PROBE, n)) for layer in range(n)]
-    found = _measure(bench, bench.finding, caches, "each layer's K and V alone")
-    floor, together, layers = found[0].mean, found[1].mean, [d.mean for d in found[2:]]
-
-    def sides(costs: Iterable[float], values: int, probe: str) -> list[Side]:
-        return [Side(values, max(cost - floor, 0.0) / noise(probe)) for cost in costs]
-
-    k_sides = sides(layers[:n], info.n_head_kv * info.head_dim_k, K_PROBE)
-    v_sides = sides(layers[n:], info.n_head_kv * info.head_dim_v, V_PROBE)
-    total = sum(side.sensitivity for side in [*k_sides, *v_sides]) * noise(K_PROBE)
+    k_power = power(K_PROBE, K_BETTER, sum(layers[:n]), k_better)
+    v_power = power(V_PROBE, V_BETTER, sum(layers[n:]), v_better)
+    k_sides = [Side.measured(info.n_head_kv * info.head_dim_k, known, k_power) for known in k_known]
+    v_sides = [Side.measured(info.n_head_kv * info.head_dim_v, known, v_power) for known in v_known]
+    total = predict((K_PROBE,) * n, (K_PROBE,) * n, k_sides, v_sides)
     return k_sides, v_sides, together / total if total > 0 else 1.0
 
 
@@ -194,7 +207,7 @@ def _chosen(k_sides: Sequence[Side], v_sides: Sequence[Side], bits: float, bench
     """Of what the variants lead to, and one type everywhere, the best on the text that finds the types."""
     least = (cache_type(CAREFUL[0]).bpv + LEAST_BITS) / 2
     found = [
-        Front([replace(s, sensitivity=s.sensitivity * tilt) for s in k_sides], v_sides, ladder).at(bits)
+        Front([side.times(tilt) for side in k_sides], v_sides, ladder).at(bits)
         for tilt, ladder in VARIANTS
         if ladder is LADDER or bits >= least
     ]
