@@ -111,6 +111,7 @@ def tune(
         save(tuning_figure(done), plot)
 
 
+_FLOPS = 8e10  # a second and thread, of a CPU with AVX-512; after the calibration the time left is measured
 _LONGEST = 4096  # tokens of a chunk: the divergence hardly grows beyond
 
 
@@ -149,7 +150,7 @@ def _announce(plan: Plan, model: ModelFile, target: Path) -> None:
     """What will run, and about how long."""
     tokens = plan.tokens(model.gguf.n_layer)
     parameters = model.size * 8 / 5  # about five bits a weight
-    seconds = 2 * tokens * parameters / ((plan.threads or os.cpu_count() or 1) * 3e10)
+    seconds = 2 * tokens * parameters / ((plan.threads or os.cpu_count() or 1) * _FLOPS)
     minutes = min(seconds, plan.budget or seconds) / 60
     print(
         f"{alone(model.gguf.n_layer)} caches on the text that finds the types, {BETWEEN} to choose from,"
