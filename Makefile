@@ -88,8 +88,8 @@ golden: setup ## after a change of output on purpose: write tests/data/golden an
 	@$(BIN)/python -m tests.support.golden
 
 profiles: setup ## tune the small models of the registry anew: configs/profiles (half an hour each on two cores)
-	@for model in smollm2-135m qwen2.5-coder-0.5b; do \
-	  $(RUN) tune $$model --bits 3.25 --out configs/profiles/$$model-3.25.kv-profile.gguf || exit 1; done
+	@for model in smollm2-135m qwen2.5-coder-0.5b; do for bits in 3.25 4.25; do \
+	  $(RUN) tune $$model --bits $$bits --out configs/profiles/$$model-$$bits.kv-profile.gguf || exit 1; done; done
 
 patches-status: setup ## pin, series, and what build/src holds
 	@$(RUN) patches status
