@@ -91,7 +91,16 @@ def test_exit_codes_on_both_sides_of_what_can_be_reached(
     build: Build, prose: CorpusFile, folder: Path, tmp_path: Path
 ) -> None:
     cli, out = Cli(tmp_path, build.bin_dir), tmp_path / "p.gguf"
-    shared = ["tune", folder / "qwen2.gguf", "--corpus", prose.path, "--ctx", "256", "--chunks", "1"]
+    shared: list[str | Path] = [
+        "tune",
+        folder / "qwen2.gguf",
+        "--corpus",
+        prose.path,
+        "--ctx",
+        "256",
+        "--chunks",
+        "1",
+    ]
     shared += ["--threads", "1", "--bin-dir", build.bin_dir, "--out", out, "--max-kld"]
 
     def within(bound: float) -> subprocess.CompletedProcess[str]:
