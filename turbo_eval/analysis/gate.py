@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from turbo_eval.analysis.summary import Summary, said_of_reference, summarize
+from turbo_eval.evidence.paired import Decision
+from turbo_eval.llama.build import Build
 from turbo_eval.metrics import bounds as metric_bounds
 from turbo_eval.records.pairing import ERROR_RATE
+from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
 from turbo_eval.records.reference import Pair, References
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import Plan
+from turbo_eval.sweep.run import Reporter
 from turbo_eval.sweep.spec import Check, GateSpec
+from turbo_eval.sweep.until import run_until_decided
 
 
 @dataclass
@@ -40,11 +46,51 @@ class GateResult:
         return 3 if self.incomplete else 0
 
 
-def run_gate(spec: GateSpec, plan: Plan, store: Store, behind: str = "") -> GateResult:
+def settle(
+    spec: GateSpec,
+    build: Build,
+    provenance: Provenance,
+    store: Store,
+    live: Callable[[Plan], AbstractContextManager[Reporter]],
+    most: int,
+) -> list[Record]:
+    """Add chunks to the pairs of `equivalent_within` and `not_worse_than` that the text leaves open, up to
+    `most`; returns the longest record of each. Checks on profiles are left as they are.
+
+    Raises:
+        UsageError, InterruptedSweepError, EnvironmentProblem: as `run_until_decided`.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for check in spec.check:
+        pairs = tuple(p for p in spec.sweep.pairs if any(fnmatchcase(":".join(p), c) for c in check.pairs))
+        models = tuple(m for m in spec.sweep.models if fnmatchcase(m, check.model))
+        if not pairs or not models:
+            continue
+        update = {"pairs": pairs, "models": models, "profiles": ()}
+        sweep = spec.sweep.model_copy(update=update | {"against": check.against or spec.sweep.against})
+        for test, margin in check.tests().items():
+
+            def enough(decision: Decision, test: str = test, margin: float = margin) -> bool:
+                return _passes(test, margin, decision) is not None
+
+            result = run_until_decided(
+                sweep, build, provenance, store, live, margin=margin, most=most, enough=enough
+            )
+            for cache, one in result.judged.items():
+                known = found.get((cache, sweep.model_dump_json(include={"against"})))
+                if known is None or one.chunks >= known.cell.chunks:
+                    found[cache, sweep.model_dump_json(include={"against"})] = one.record
+    return list({record.key: record for record in found.values()}.values())
+
+
+def run_gate(
+    spec: GateSpec, plan: Plan, store: Store, behind: str = "", settled: Sequence[Record] = ()
+) -> GateResult:
     """Judge the records of the plan's cells, which must be of this machine and this build.
 
     Args:
         behind: why the build itself is stale, "" if it isn't.
+        settled: what `settle` returned; paired tests are read from these.
     """
     result = GateResult()
     if behind:
@@ -57,7 +103,13 @@ def run_gate(spec: GateSpec, plan: Plan, store: Store, behind: str = "") -> Gate
         for check in spec.check:
             against = check.against or sweep.against
             rows = result.rows if against == sweep.against else _rows(result, store, against, True)
-            _run_check(check, spec, rows, result)
+            if not settled or not check.tests() or check.profile is not None:
+                _run_check(check, spec, rows, result)
+                continue
+            longer = summarize(settled, references=References.in_store(store, against))
+            _run_check(check.model_copy(update=dict.fromkeys(check.bounds())), spec, longer, result)
+            if check.bounds():
+                _run_check(check.model_copy(update=dict.fromkeys(check.tests())), spec, rows, result)
     _unexpected_failures(spec, result)
     result.incomplete = list(dict.fromkeys(result.incomplete))
     return result
@@ -207,15 +259,23 @@ def tested(test: str, margin: float, row: Summary) -> tuple[bool | None, str]:
     rate = f"error rate {100 * ERROR_RATE:g} %"
     if test == "equivalent_within":
         within, beyond = f"equivalent within {margin:g} %", f"not equivalent within {margin:g} %"
-        good, bad = decision.verdict == "equivalent", decision.verdict in ("worse", "better")
     else:
         within, beyond = f"not worse than {margin:g} %", f"worse than {margin:g} %"
-        good, bad = decision.delta.high < margin, decision.verdict == "worse"
-    if good or bad:
+    good = _passes(test, margin, decision)
+    if good is not None:
         return good, f"{said} is {within if good else beyond}, {rate}"
     more = decision.more_chunks
     tell = f"; about {more} more chunks would tell" if more is not None else ""
     return None, f"{said}: not decided whether it is {within}{tell}"
+
+
+def _passes(test: str, margin: float, decision: Decision) -> bool | None:
+    """What a decision says of `equivalent_within` or `not_worse_than`; None: nothing yet."""
+    if test == "equivalent_within":
+        good, bad = decision.verdict == "equivalent", decision.verdict in ("worse", "better")
+    else:
+        good, bad = decision.delta.high < margin, decision.verdict == "worse"
+    return good if good or bad else None
 
 
 @dataclass(frozen=True)

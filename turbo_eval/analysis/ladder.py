@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-from turbo_eval.analysis.recommend import Bound, best, recommend, shape_mib
+from turbo_eval.analysis.recommend import Bound, Candidate, best, recommend, shape_mib
 from turbo_eval.analysis.summary import Summary, summarize
 from turbo_eval.formats.cache_types import cache_type, stored_dims, usual_pairs
 from turbo_eval.formats.window import Window, resolve
@@ -22,6 +22,7 @@ from turbo_eval.sweep.plan import Plan, estimate_seconds, make_plan
 from turbo_eval.sweep.progress import live
 from turbo_eval.sweep.run import run_sweep
 from turbo_eval.sweep.spec import sweep_spec
+from turbo_eval.sweep.until import looked_at, next_look
 from turbo_eval.util.numbers import TokensOrAuto
 
 Pair = tuple[str, str]
@@ -118,8 +119,12 @@ class Ladder:
             return not any(pair == (k, v) for k, v, _ in have)
         return any((*pair, window) not in have for window in self.wish.windows.of(pair))
 
-    def climb(self, ctx: int, bound: Bound) -> list[Summary]:
-        """Measure what is missing until the cheapest pair within the bound is certain; returns all rows."""
+    def climb(self, ctx: int, bound: Bound, most: int | None = None) -> list[Summary]:
+        """Measure what is missing until the cheapest pair within the bound is certain; returns all rows.
+
+        Args:
+            most: chunks are added to a pair that is not decided, as many as that at most; None: none are.
+        """
         rows = self.rows()
         missing = self.missing(rows, ctx, bound)
         if missing:
@@ -127,19 +132,56 @@ class Ladder:
         tried: set[Pair] = set()
         while missing := [p for p in self.missing(rows, ctx, bound) if p not in tried]:
             tried.add(missing[0])
-            plan = self._plan([missing[0]])
-            with live(plan) as reporter:
-                run_sweep(plan, self.provenance, self.store, reporter)
+            self._run(missing[0], self.wish.chunks, looking=most is not None)
             rows = self.rows()
+            if most is not None:
+                rows = self._settle(missing[0], rows, ctx, bound, most)
+        if most is not None:  # what was on record before, and is cheaper than what is certain
+            for pair in [p for p in self.pairs() if p not in tried]:
+                if self._open(pair, rows, ctx, bound):
+                    rows = self._settle(pair, rows, ctx, bound, most)
         return rows
 
-    def _plan(self, pairs: Sequence[Pair]) -> Plan:
+    def _run(self, pair: Pair, chunks: int, *, looking: bool) -> None:
+        plan = self._plan([pair], chunks)
+        with live(plan) as reporter:
+            done = run_sweep(plan, self.provenance, self.store, reporter, sequential=looking)
+        for record in done.records if looking else ():
+            looked_at(record, self.store)
+
+    def _settle(
+        self, pair: Pair, rows: Sequence[Summary], ctx: int, bound: Bound, most: int
+    ) -> list[Summary]:
+        """Add chunks to a pair until it is decided."""
+        while open_ := self._open(pair, rows, ctx, bound):
+            chunks = max(c.row.chunks for c in open_)
+            longer = next_look(chunks, [None], most)
+            if longer <= chunks:
+                break
+            self._run(pair, longer, looking=True)
+            rows = self.rows()
+        return list(rows)
+
+    def _open(self, pair: Pair, rows: Sequence[Summary], ctx: int, bound: Bound) -> list[Candidate]:
+        """The caches of a pair that the text cannot decide and that could still win."""
+        ranked = recommend(rows, self.wish.model.gguf, ctx, bound)
+        limit = min((c.memory_mib for c in best(ranked)), default=float("inf"))
+        return [
+            c
+            for c in ranked
+            if (c.row.k, c.row.v) == pair
+            and c.within is None
+            and c.memory_mib < limit
+            and (c.row.corpus, c.row.ctx) == (self.wish.corpus, self.wish.ctx)
+        ]
+
+    def _plan(self, pairs: Sequence[Pair], chunks: int | None = None) -> Plan:
         wish = self.wish
         data: dict[str, Any] = {
             "model": wish.name,
             "corpus": wish.corpus,
             "pairs": [f"{k}:{v}" for k, v in pairs],
-            "chunks": wish.chunks,
+            "chunks": chunks or wish.chunks,
             "ctx": wish.ctx,
             "backend": self.build.backend,
             "metrics": ["kld"] if wish.kld else ["ppl"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from turbo_eval.analysis.statistics import chunks_to_decide, decided
 from turbo_eval.analysis.summary import Summary
+from turbo_eval.evidence.paired import sequence
 from turbo_eval.formats.cache_types import kv_mib
 from turbo_eval.inputs.gguf_info import GgufInfo
 from turbo_eval.records.reference import EXACT
@@ -184,8 +185,7 @@ def _judge(row: Summary, size: float, bound: Bound) -> tuple[list[str], str]:
             if not gap >= 0:
                 reasons.append(f"its KLD {_figure(*kld, '.4f')} is over {bound.max_kld:g}")
             if not row.is_reference:
-                # with figures of each token its error is that over chunks
-                sure = decided(gap, kld[1], row.chunks - 1 if row.paired is not None else 1000)
+                sure = _kld_decided(row, bound.max_kld, kld)
                 doubts.append("" if sure else _doubt(gap, kld[1], row))
     if bound.memory_gib is not None and not size <= bound.memory_gib * 1024:
         return [*reasons, f"its KV cache of {size:.0f} MiB does not fit {bound.memory_gib:g} GiB"], ""
@@ -193,6 +193,17 @@ def _judge(row: Summary, size: float, bound: Bound) -> tuple[list[str], str]:
         return reasons, ""
     certain = any(not d for d in doubts) and bool(reasons)  # out for one reason that is beyond doubt
     return reasons, "" if certain else next((d for d in doubts if d), "")
+
+
+def _kld_decided(row: Summary, limit: float, kld: tuple[float, float | None]) -> bool:
+    """Is the KL divergence certainly on the side of the limit where it lies?"""
+    record = row.get("kld")
+    chunks = record.by_chunk if record is not None else None
+    if chunks is not None and chunks.sequential:
+        found = sequence(chunks.kld)
+        return not found.low <= limit <= found.high
+    # with figures of each token its error is that over chunks
+    return decided(limit - kld[0], kld[1], row.chunks - 1 if row.paired is not None else 1000)
 
 
 def _doubt(gap: float, error: float | None, row: Summary) -> str:

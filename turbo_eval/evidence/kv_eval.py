@@ -68,7 +68,11 @@ class EvalRun(_Read):
 
 
 class EvalHeader(_Read):
-    """What makes the numbers. Sizes in tokens; `n_seq` chunks were evaluated together."""
+    """What makes the numbers. Sizes in tokens; `n_seq` chunks were evaluated together.
+
+    The first half of `n_prompt` chunks is the prompt of each of `trajectories` ("greedy" or
+    "TEMPERATURE:SEED"), which f16/f16 generated.
+    """
 
     build: str
     model: str
@@ -84,6 +88,8 @@ class EvalHeader(_Read):
     first_chunk: int
     n_chunk: int
     n_one_token: int
+    n_prompt: int = 0
+    trajectories: tuple[str, ...] = ()
     first_scored: int
     n_scored: int
     system: str
@@ -97,9 +103,9 @@ class Figures:
 
     Attributes:
         chunks: number of each chunk in the text.
-        token: the true token.
+        token: the true token; on a trajectory the one that was generated.
         nll: its negative log-likelihood, nats.
-        top: the most probable token.
+        top: the most probable token; on a trajectory the one that this cache would have generated.
         rank: of the true token, 1: most probable.
         kld: KL divergence from the reference, nats; 0 for the reference itself.
         dp: probability of the true token minus the reference's; 0 for the reference itself.
@@ -139,8 +145,11 @@ class KvEval:
         """The reference, then the pairs in the order of the command line."""
         return self.header.runs
 
-    def figures(self, run: int, path: EvalPath = "batched") -> Figures:
+    def figures(self, run: int, path: str = "batched") -> Figures:
         """Per-token figures of a run.
+
+        Args:
+            path: one of PATHS, or a trajectory.
 
         Raises:
             IncompleteError: it did not get to the end, or nothing was evaluated on that path.
@@ -148,7 +157,7 @@ class KvEval:
         state = self.runs[run]
         if state.status != "ok":
             raise IncompleteError(f"{state.spec} has no figures: {state.status}, {state.detail}")
-        place = PATHS.index(path)
+        place = [*PATHS, *self.header.trajectories].index(path)
         mine, base = self._blocks.get((place, run), {}), self._blocks.get((place, 0), {})
         if not mine:
             raise IncompleteError(f"{state.spec} was not evaluated {path}")
@@ -254,7 +263,7 @@ def _block(content: bytes, header: EvalHeader) -> tuple[int, int, int, dict[str,
     if len(content) < 16:
         raise _DamagedError("holds figures without their place")
     path, chunk, run, n = struct.unpack_from("<IIII", content)
-    if path >= len(PATHS) or run >= len(header.runs) or n != header.n_scored:
+    if path >= len(PATHS) + len(header.trajectories) or run >= len(header.runs) or n != header.n_scored:
         raise _DamagedError(f"holds {n} figures of run {run}, path {path}, which its header does not know")
     names = _COLUMNS["pair" if run else "reference"]
     if len(content) != 16 + 4 * n * len(names):
@@ -270,11 +279,13 @@ def _check_complete(
     whole: KvEval, blocks: dict[tuple[int, int], dict[int, dict[str, NDArray[np.generic]]]]
 ) -> None:
     header = whole.header
-    for place, asked in enumerate((header.n_chunk, header.n_one_token)):
+    paths = [*PATHS, *header.trajectories]
+    asked_of = (header.n_chunk, header.n_one_token, *[header.n_prompt] * len(header.trajectories))
+    for place, asked in enumerate(asked_of):
         wanted = set(range(header.first_chunk, header.first_chunk + asked))
         for number, run in enumerate(whole.runs):
             have = set(blocks.get((place, number), {}))
             if run.status == "ok" and have != wanted:
                 raise _DamagedError(
-                    f"has {len(have & wanted)} of {asked} chunks of {run.spec}, {PATHS[place]}"
+                    f"has {len(have & wanted)} of {asked} chunks of {run.spec}, {paths[place]}"
                 )

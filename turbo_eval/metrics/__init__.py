@@ -11,6 +11,7 @@ from turbo_eval.metrics.greedy import GreedyAgreement
 from turbo_eval.metrics.kld import KlDivergence
 from turbo_eval.metrics.needle import NeedleRetrieval
 from turbo_eval.metrics.perplexity import Perplexity
+from turbo_eval.metrics.trajectory import Trajectory
 from turbo_eval.records.cell import Cell
 
 METRICS: dict[str, Metric] = {
@@ -19,6 +20,7 @@ METRICS: dict[str, Metric] = {
         Perplexity(),
         KlDivergence(),
         DecodePath(),
+        Trajectory(),
         GreedyAgreement(),
         NeedleRetrieval(),
     )

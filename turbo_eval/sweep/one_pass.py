@@ -17,6 +17,7 @@ from turbo_eval.evidence.kv_eval import EvalRun, KvEval, read_kv_eval
 from turbo_eval.evidence.tokens import Tokens, numbers, save
 from turbo_eval.formats.window import OFF
 from turbo_eval.llama import output
+from turbo_eval.llama.backends import backend
 from turbo_eval.llama.tool import KV_EVAL, kv_eval_argv, kv_eval_pair
 from turbo_eval.metrics import judge, metric, references
 from turbo_eval.metrics.base import Bench, Job
@@ -89,8 +90,9 @@ def _cache(job: Job) -> str:
 
 
 def _served_by_reference(job: Job) -> bool:
-    """Its KL divergence from itself is measured in a second context: that is the noise floor."""
-    return is_exact(job.cell) and job.cell.metric != "kld"
+    """Where a second context may differ, the KL divergence of f16/f16 from itself is measured in one: that is
+    the noise floor."""
+    return is_exact(job.cell) and (job.cell.metric != "kld" or backend(job.cell.backend).repeats)
 
 
 def _tasks(jobs: Sequence[Job], begun: Begun) -> list[_Task]:
@@ -164,8 +166,9 @@ class _Pass:
     def _alone(self, task: _Task) -> Iterator[tuple[Job, Record]]:
         """Cells of f16/f16 with nothing to compare: a second context would be for nothing."""
         for job in task.of_reference:
-            if job.cell.metric == "decode":
-                yield from self.run(_Task({_cache(job): (job,)}, (), 0, 0, job.cell.chunks))
+            if job.cell.metric != "ppl":
+                chunks = (0, job.cell.chunks) if job.cell.metric == "decode" else (job.cell.chunks, 0)
+                yield from self.run(_Task({_cache(job): (job,)}, (), 0, *chunks))
                 continue
             plain = replace(job, cell=job.cell.model_copy(update={"engine": "llama-perplexity"}))
 

@@ -38,10 +38,7 @@ class Judged:
     record: Record
     decision: Decision | None
     chunks: int
-
-    @property
-    def open(self) -> bool:
-        return self.decision is not None and self.decision.verdict == "undecided"
+    open: bool
 
     def __str__(self) -> str:
         cell = self.record.cell
@@ -53,6 +50,11 @@ class Judged:
             f"{name}: {self.decision.verdict} after {self.chunks} chunks, ΔPPL {found.value:+.2f} %"
             f" ({found.low:+.2f} to {found.high:+.2f} at all looks together)"
         )
+
+
+def decided(decision: Decision) -> bool:
+    """Is there a verdict?"""
+    return decision.verdict != "undecided"
 
 
 @dataclass
@@ -87,11 +89,13 @@ def run_until_decided(
     margin: float,
     most: int,
     fresh: bool = False,
+    enough: Callable[[Decision], bool] = decided,
 ) -> UntilResult:
     """Run the sweep, then longer ones of the pairs that are undecided, up to `most` chunks.
 
     Args:
         margin: change of perplexity, in percent, that verdicts are about.
+        enough: a pair that this is true of gets no more chunks.
 
     Raises:
         UsageError: the sweep compares nothing, or its pairs cannot be measured by llama-kv-eval.
@@ -113,8 +117,8 @@ def run_until_decided(
         references = References.in_store(store, spec.against)
         for record in done.records:
             if metric(record.cell.metric).batched and not _is_reference(record.cell, spec):
-                marked = _marked(record, store)
-                result.judged[_cache(record.cell)] = _judge(marked, references, margin, chunks)
+                judged = _judge(looked_at(record, store), references, margin, chunks, enough)
+                result.judged[_cache(record.cell)] = judged
         still = {name: one for name, one in result.judged.items() if one.open}
         if not still or chunks >= most:
             return result
@@ -156,7 +160,7 @@ def _cache(cell: Cell) -> str:
     return cell.batched("ppl").model_copy(update={"chunks": 0, "metric": "ppl"}).key()
 
 
-def _marked(record: Record, store: Store) -> Record:
+def looked_at(record: Record, store: Store) -> Record:
     """The record, which says that it was looked at: its number of chunks is no longer one that was fixed."""
     chunks = record.by_chunk
     if not record.ok or chunks is None or chunks.sequential:
@@ -166,10 +170,17 @@ def _marked(record: Record, store: Store) -> Record:
     return marked
 
 
-def _judge(record: Record, references: References, margin: float, chunks: int) -> Judged:
+def _judge(
+    record: Record,
+    references: References,
+    margin: float,
+    chunks: int,
+    enough: Callable[[Decision], bool],
+) -> Judged:
     reference = references.of(record) if record.ok else None
     paired = pairing(record, reference) if reference is not None else None
-    return Judged(record, paired.decide(margin) if paired is not None else None, chunks)
+    decision = paired.decide(margin) if paired is not None else None
+    return Judged(record, decision, chunks, decision is not None and not enough(decision))
 
 
 def saved(result: UntilResult, most: int) -> str:

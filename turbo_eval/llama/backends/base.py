@@ -38,6 +38,7 @@ class Backend:
         library: name of its library, lib….so, by which a foreign build is recognized.
         registries: ggml's names of its device registry.
         gpu: layers are offloaded to it, and must not come back.
+        repeats: two contexts with the same tokens in the same micro-batches give the same bits.
     """
 
     name: str = ""
@@ -47,6 +48,7 @@ class Backend:
     library: str = ""
     registries: tuple[str, ...] = ()
     gpu: bool = False
+    repeats: bool = False
 
     # -- build ---------------------------------------------------------------------------------------
 

@@ -9,3 +9,4 @@ class Cpu(Backend):
     name = "cpu"
     title = "CPU"
     registries = ("CPU",)
+    repeats = True
