@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
         "Measure cells for sweeps on other machines, one at a time, until the scheduler goes.",
     ),
     "table": (None, "Compare what is on record: K × V with ΔPPL, error bars, bits and sizes."),
+    "position": (None, "Show KL divergence by context length and by distance from the start of the context."),
     "gate": (None, "Judge the records of this machine and build against a config's checks."),
     "show": (None, "Print a record and the command that reproduces it by hand."),
     "recommend": (None, "Name the cheapest K/V pair for a model that is certainly within a bound."),

@@ -91,5 +91,3 @@ def test_records_of_a_sweep(build: Build, model: Path, text: Path, tmp_path: Pat
     assert tokens.nll.shape == (2 * 2, CTX // 2 - 1)
     told = along(tokens, 2)
     assert told.kld.value == pytest.approx(klds[2], rel=1e-6)
-    short = cli.sweep(*args, "--pairs", "q8_0:q8_0", "--ctx", "256", "--chunks", "2")
-    assert short.returncode in (2, 3)

@@ -11,6 +11,8 @@ from turbo_eval.metrics.greedy import GreedyAgreement
 from turbo_eval.metrics.kld import KlDivergence
 from turbo_eval.metrics.needle import NeedleRetrieval
 from turbo_eval.metrics.perplexity import Perplexity
+from turbo_eval.metrics.retrieval import Retrieval
+from turbo_eval.metrics.tasks import Tasks
 from turbo_eval.metrics.trajectory import Trajectory
 from turbo_eval.records.cell import Cell
 
@@ -23,6 +25,8 @@ METRICS: dict[str, Metric] = {
         Trajectory(),
         GreedyAgreement(),
         NeedleRetrieval(),
+        Retrieval(),
+        Tasks(),
     )
 }
 

@@ -1,6 +1,6 @@
 """Child process: load our llama.cpp through llama-cpp-python, generate greedily, write JSON.
 
-Run as `python -m turbo_eval.metrics.generation_worker JOB.json`; the job names the output file.
+Run as `python -m turbo_eval.metrics.generation.worker JOB.json`; the job names the output file.
 A process of its own, so that a crash in a kernel is a status and not the end of the sweep.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval.llama.libraries import library
+from turbo_eval.metrics.generation.puzzles import answered, puzzle
 
 QUESTION = "\n\nThe secret number of the archive is"
 NEEDLE = " The secret number of the archive is {number}. "
@@ -31,6 +32,8 @@ def main(path: str) -> None:
         sys.exit(3)
     if job["metric"] == "greedy":
         result: dict[str, Any] = {"outputs": [list(o) for o in _greedy(llama, tokens, job)]}
+    elif job["metric"] == "retrieval":
+        result = {"solved": list(_retrieval(llama, tokens, job))}
     else:
         result = {"detail": [list(d) for d in _needle(llama, tokens, job)]}
     Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
@@ -106,6 +109,31 @@ def _needle(llama: Any, tokens: list[int], job: dict[str, Any]) -> Iterator[tupl
             hit = number in answer.replace(",", "").replace(" ", "")
             yield length, depth, hit
             print(f"needle {length} at {depth}: {number} {answer!r} {hit}", flush=True)
+
+
+def _retrieval(llama: Any, tokens: list[int], job: dict[str, Any]) -> Iterator[bool]:
+    """Whether each puzzle is solved; what is planted is spread evenly over the text."""
+
+    def spelled(text: str) -> list[int]:
+        return list(llama.tokenize(text.encode(), add_bos=False, special=False))
+
+    options = job["options"]
+    for kind in options["kinds"]:
+        for length in options["lengths"]:
+            for number in range(options["puzzles"]):
+                made = puzzle(kind, f"{length} {number}", options["several"], length // 2)
+                question, planted = spelled(made.question), [spelled(text) for text in made.planted]
+                filler = spelled(made.filler) if made.filler else tokens
+                room = length - len(question) - sum(map(len, planted))
+                prompt, at = [], 0
+                for place, piece in enumerate(planted, start=1):
+                    prompt += filler[at : room * place // (len(planted) + 1)] + piece
+                    at = room * place // (len(planted) + 1)
+                prompt += filler[at:room] + question
+                said = llama.detokenize(_continue(llama, prompt, made.tokens)).decode("utf-8", "replace")
+                hit = answered(made, said)
+                yield hit
+                print(f"retrieval {kind} {length} #{number}: {made.answers} {said!r} {hit}", flush=True)
 
 
 if __name__ == "__main__":

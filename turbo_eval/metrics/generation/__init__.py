@@ -19,7 +19,7 @@ from turbo_eval.records.reference import exact_generation_cell, is_exact
 from turbo_eval.util import python
 from turbo_eval.util.process import Outcome, child_environment, run
 
-WORKER = "turbo_eval.metrics.generation_worker"
+WORKER = "turbo_eval.metrics.generation.worker"
 
 
 class Generation(Metric):
