@@ -13,7 +13,7 @@ from turbo_eval.analysis.summary import by_setting, summarize
 from turbo_eval.records.provenance import Machine
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import read_bench
-from turbo_eval.records.store import read_all
+from turbo_eval.records.store import read_all, record_folders
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 MARK = "<!-- gallery -->"
@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for folder in folders():
         records = read_all([folder])
         groups = [rows for _, rows in by_setting(summarize(records))]
-        text = html_page(groups, records, read_bench(folder))
+        text = html_page(groups, records, read_bench(folder), record_folders([folder]))
         files.append(File.generated(config, f"gallery/{folder.name}.html", content=text))
     return files
 

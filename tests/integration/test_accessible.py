@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.integration.test_bench import bench_record
 from tests.support.browser import CHROMIUM, SCHEMES, WIDTHS, chromium, opened, served, violations
-from tests.support.records import make_kld, make_record
+from tests.support.records import make_kld, make_record, with_tokens
 from turbo_eval.analysis.report import write_report
 from turbo_eval.util.paths import repo_root
 
@@ -38,9 +39,21 @@ def browser() -> Iterator[Any]:
         yield found
 
 
+BENCHES = [
+    bench_record(
+        k=k, v=v, depth=depth, decode=(speed,), decode_f16=(50.0,), prefill=(speed,), prefill_f16=(50.0,)
+    )
+    for k, v, speed in (("q8_0", "turbo3", 60.0), ("q8_0", "q8_0", 45.0))
+    for depth in (0, 4096)
+]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(write_report(RECORDS, [], tmp_path_factory.mktemp("report")).parent) as home:
+    """Everything that a report can hold: figures of each token and speeds too."""
+    folder = tmp_path_factory.mktemp("report")
+    records = [r if r.kld is None else with_tokens(r, folder / "results") for r in RECORDS]
+    with served(write_report(records, BENCHES, folder / "out", [folder / "results"]).parent) as home:
         yield f"{home}/index.html"
 
 
@@ -112,15 +125,19 @@ def test_command_lines_are_copied_and_names_lead_to_rows(browser: Any, report: s
         line = page.locator(".command").first
         line.get_by_role("button", name="Copy").click()
         assert page.evaluate("navigator.clipboard.readText()") == line.locator("code").inner_text()
-        page.locator("svg a", has_text="q8_0/turbo3").click()
-        row = page.locator("tr:target")
-        assert row.locator("td").nth(1).inner_text() == "turbo3"
+        links = page.locator("svg a", has_text="q8_0/turbo3")
+        assert links.count() == 2  # in the front and over the position
+        for number in range(2):
+            page.evaluate("location.hash = ''")
+            links.nth(number).click()
+            assert page.locator("tr:target").locator("td").nth(1).inner_text() == "turbo3"
 
 
 def test_it_holds_the_same_without_scripts(browser: Any, report: str) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(report)
-    assert page.locator("table.sorts tbody tr").count() == 7 and page.locator("svg").count() == 1
+    assert page.locator("table.sorts").first.locator("tbody tr").count() == 7
+    assert page.locator("svg").count() == 3
     assert "llama-server -m tiny.gguf -fa on" in page.locator(".command code").first.inner_text()
     context.close()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from turbo_eval.evidence.tokens import Tokens, save
 from turbo_eval.formats.cache_types import kv_mib
 from turbo_eval.records.cell import Cell
 from turbo_eval.records.provenance import Machine, Provenance
-from turbo_eval.records.record import ByChunk, Decode, Effective, Kld, Record, Run
+from turbo_eval.records.record import ByChunk, Decode, Effective, Kld, Record, Run, TokenFile
 
 MACHINE = Machine(id="test-2c", cpu="test", features=("avx2",), cores=2, memory_gib=8.0, os="Linux")
 
@@ -102,7 +106,8 @@ def make_record(
     if by_chunk is not None:
         ppl = _running(by_chunk)[-1]
     asked = make_cell(pair, **({"metric": "kld"} if kld else {}), **cell)
-    size = kv_mib(asked.k, asked.v, n_layer=30, n_head_kv=3, dim_k=64, dim_v=64, ctx=asked.ctx)
+    k, v = (asked.k, asked.v) if asked.profile is None else ("q4_0", "q4_0")  # roughly
+    size = kv_mib(k, v, n_layer=30, n_head_kv=3, dim_k=64, dim_v=64, ctx=asked.ctx)
     return Record.model_validate(
         {
             "key": asked.key(),
@@ -136,3 +141,20 @@ def make_record(
 def _running(by_chunk: ByChunk) -> tuple[float, ...]:
     sums = accumulate(by_chunk.nll)
     return tuple(math.exp(total / n) for n, total in enumerate(sums, start=1))
+
+
+def with_tokens(record: Record, folder: Path, *, growth: float = 1.0, seed: int = 1) -> Record:
+    """The record with a file of figures of each token beside it, in `folder`.
+
+    Args:
+        growth: KL divergence at the end of a chunk over that at its start.
+    """
+    assert record.kld is not None
+    chunks, scored = record.cell.chunks, record.cell.ctx // 2 - 1
+    noise = np.random.default_rng(seed).gamma(4, 0.25, (chunks, scored))
+    kld = (record.kld.mean * noise * np.linspace(1, growth, scored)).astype(np.float32)
+    token = np.zeros((chunks, scored), np.uint32)
+    base = np.full((chunks, scored), 2.3, np.float32)
+    path = folder / "tokens" / f"{record.key}.npz"
+    digest = save(Tokens(token, base + kld, token, kld, kld, base, token), path)
+    return record.model_copy(update={"tokens": TokenFile(file=f"tokens/{path.name}", sha256=digest)})

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.records import make_kld, make_record
+from tests.support.records import make_kld, make_record, with_tokens
 from turbo_eval.analysis.figures import level
+from turbo_eval.analysis.picture import over_position
+from turbo_eval.analysis.picture.cards import cards
+from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front as front_of
 from turbo_eval.analysis.report import conclusion, html_page, markdown, write_report
 from turbo_eval.analysis.summary import by_setting, summarize
+from turbo_eval.records.cell import CellProfile
 from turbo_eval.records.record import Record
 
 RECORDS = [
@@ -86,6 +90,69 @@ def test_markdown_and_page_of_nothing_but_failures() -> None:
     groups = [group for _, group in by_setting(summarize(failed))]
     assert "no verdict" in markdown(groups, failed, [])
     assert "nan from chunk 1 on" in html_page(groups, failed, [])
+
+
+PROFILE = CellProfile(sha256="3" * 64, types_k="turbo4:0-29", types_v="turbo2:0-29", bits_k=4.25, bits_v=2.25)
+
+
+def test_a_profile_is_in_picture_and_card() -> None:
+    """It is a point of its own kind, and its command names the file, not types that no option takes."""
+    own = make_record("tiny-3.25:3.25", 10.03, kld=make_kld(0.006), profile=PROFILE, recent=128, first=4)
+    argv = ("llama-kv-eval", "--pair", "f16:f16,profile=/home/somebody/tiny-3.25.kv-profile.gguf")
+    own = own.model_copy(update={"run": own.run.model_copy(update={"argv": argv})})
+    rows = summarize([*RECORDS, own])
+    found = front_of(rows)
+    assert found is not None
+    [point] = [p for p in found.points if p.kind == "profile"]
+    assert point.front and point.pair == "tiny-3.25" and point.bits == 3.25
+    legend = draw(found).axes[0].get_legend()
+    assert legend is not None
+    assert "KV profile: types by layer" in [text.get_text() for text in legend.get_texts()]
+    [card] = cards([rows])
+    chosen = {choice.name: choice.command for choice in card.choices}
+    assert chosen[point.name] == (
+        "llama-server -m tiny.gguf -fa on --kv-profile tiny-3.25.kv-profile.gguf"
+        " --kv-recent 128 --kv-first 4 --kv-anchor off"
+    )
+
+
+def test_kld_over_position(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each pair whose figures of each token are there, with the intervals of the statistics."""
+    records = [
+        record if record.kld is None else with_tokens(record, tmp_path, growth=3.0, seed=seed)
+        for seed, record in enumerate(RECORDS)
+    ]
+    gone, swapped = records[1], records[2]
+    assert gone.tokens is not None and swapped.tokens is not None
+    (tmp_path / gone.tokens.file).unlink()
+    (tmp_path / swapped.tokens.file).write_bytes(b"of another machine")
+    rows = summarize(records)
+    found = over_position.lines(rows, [tmp_path / "none", tmp_path])
+    assert [line.name for line in found] == ["q8_0/turbo3", "turbo3/turbo3"]
+    assert rows[found[0].row].name == "q8_0/turbo3"
+    assert "is not the file that its record speaks of; it is left out" in capsys.readouterr().err
+    spans = found[0].spans
+    assert (spans[0].first, spans[-1].last, len(spans)) == (257, 511, over_position.SPANS)
+    grown = spans[-1].kld.value / spans[0].kld.value
+    assert 2 < grown < 3.5  # of the noise's 3; the ends are means over an eighth
+    assert all(span.kld.low < span.kld.value < span.kld.high for span in spans)
+    columns, lines = over_position.as_table(found)
+    assert columns[1:] == ["q8_0/turbo3", "turbo3/turbo3"] and len(lines) == over_position.SPANS
+    assert lines[0][0].startswith("257 – ") and "…" in lines[0][1]
+
+    page = write_report(records, [], tmp_path / "report", [tmp_path]).read_text()
+    assert "KL divergence over the position" in page and lines[3][1] in page
+    assert page.count(f'xlink:href="#s1r{found[0].row}"') == 2  # from the front and from this figure
+    assert (tmp_path / "report" / "figures" / "1-tiny-position.svg").is_file()
+    assert "over the position" not in write_report(records, [], tmp_path / "without").read_text()
+
+
+def test_one_chunk_has_no_interval(tmp_path: Path) -> None:
+    own = make_record("q4_0:q4_0", 10.4, kld=make_kld(0.05), chunks=1)
+    base = make_record(ppl=10.0, kld=make_kld(1e-6), chunks=1)
+    found = over_position.lines(summarize([base, with_tokens(own, tmp_path)]), [tmp_path])
+    assert "…" not in str(over_position.as_table(found))
+    assert over_position.draw(found).axes[0].get_lines()
 
 
 CHROMIUM = shutil.which("chromium")

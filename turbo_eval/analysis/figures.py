@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 # Stands for the text colour of the page; `inline_svg` replaces it, so that figures follow dark mode.
 INK = "#123457"
 # The same with the colours of points and lines; the page's style sheet has another shade for dark mode.
-BLUE, AMBER, GREY = "#2563eb", "#b45309", "#6b7280"
-_OF_THE_PAGE = {INK: "currentColor", BLUE: "var(--blue)", AMBER: "var(--amber)", GREY: "var(--grey)"}
+BLUE, AMBER, GREEN, GREY = "#2563eb", "#b45309", "#15803d", "#6b7280"
+PURPLE, RED = "#7c3aed", "#be123c"
+# Of lines that have no colour of their own; marks as many as have no divisor in common with the colours.
+SERIES = (BLUE, AMBER, GREEN, PURPLE, RED, GREY)
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_NAMES = {"blue": BLUE, "amber": AMBER, "green": GREEN, "purple": PURPLE, "red": RED, "grey": GREY}
+_OF_THE_PAGE = {INK: "currentColor"} | {colour: f"var(--{name})" for name, colour in _NAMES.items()}
 
 
 # Perplexity more than doubled: no size makes up for that.
@@ -137,12 +143,13 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
     measured = [r for r in records if r.status == "ok"]
     labels = list(dict.fromkeys(pair_label(r, measured) for r in measured))
     for column, name in enumerate(("prefill", "decode")):
-        for label in labels:
+        for label, colour, mark in zip(labels, cycle(SERIES), cycle(MARKS), strict=False):
             own = [r for r in measured if pair_label(r, measured) == label]
             for line, field in enumerate((f"{name}_median", f"{name}_ratio")):
                 points = [(r.depth, y) for r in own if (y := r.row()[field]) is not None]
                 if points:
-                    grid[line][column].plot(*zip(*points, strict=True), "o-", label=label)
+                    x, y = zip(*points, strict=True)
+                    grid[line][column].plot(x, y, "-", marker=mark, markersize=4, color=colour, label=label)
         grid[0][column].set_title(name, color=INK)
         grid[1][column].set_xlabel("depth [tokens]", color=INK)
         grid[1][column].axhline(1, color=INK, linewidth=0.6)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from turbo_eval.analysis import figures, table
+from turbo_eval.analysis.picture import over_position
 from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front
 from turbo_eval.analysis.summary import Summary, said_of_reference
@@ -56,8 +58,10 @@ def script() -> Markup:
     return Markup(resources.files("turbo_eval.analysis").joinpath("report.js").read_text(encoding="utf-8"))
 
 
-def setting(number: int, name: str, rows: Sequence[Summary], conclusion: list[str]) -> dict[str, Any]:
-    """What the page shows of one setting; `number` counts them from 1."""
+def setting(
+    number: int, name: str, rows: Sequence[Summary], conclusion: list[str], folders: Sequence[Path]
+) -> dict[str, Any]:
+    """What the page shows of one setting; `number` counts them from 1, `folders` hold its records."""
     caption, columns, lines = table.for_people(table.to_frame(rows))
     found = front(rows)
     drawn = draw(found, prefix=f"s{number}") if found else None
@@ -73,7 +77,18 @@ def setting(number: int, name: str, rows: Sequence[Summary], conclusion: list[st
         "figure": Markup(figures.inline_svg(drawn, f"Loss against bits per value, {name}")) if drawn else "",
         "front": [point.name for point in found.best()] if found else [],
         "destroyed": found.destroyed if found else (),
+        "position": _position(over_position.lines(rows, folders), f"s{number}", name),
     }
+
+
+def _position(found: Sequence[over_position.Line], prefix: str, name: str) -> dict[str, Any] | None:
+    """KL divergence over the place in the context, drawn and as a table; None: no figures of each token."""
+    if not found:
+        return None
+    columns, lines = over_position.as_table(found)
+    label = f"KL divergence over the position, {name}. {over_position.said(found)}"
+    svg = figures.inline_svg(over_position.draw(found, prefix=prefix), label)
+    return {"figure": Markup(svg), "columns": columns, "lines": lines}
 
 
 def _heats(rows: Sequence[Summary]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_eval.analysis import figures, page, table
+from turbo_eval.analysis.picture import over_position
 from turbo_eval.analysis.picture.cards import cards
 from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front
@@ -24,8 +25,13 @@ from turbo_eval.records.speed import BenchRecord
 from turbo_eval.util.files import writing
 
 
-def write_report(records: Sequence[Record], benches: Sequence[BenchRecord], out: Path) -> Path:
+def write_report(
+    records: Sequence[Record], benches: Sequence[BenchRecord], out: Path, folders: Sequence[Path] = ()
+) -> Path:
     """Write index.html, report.md and figures/ under `out`; returns the page's path.
+
+    Args:
+        folders: where the records lie; figures of each token are looked for beside them.
 
     Raises:
         EnvironmentProblem: the disk is full or not writable.
@@ -35,20 +41,22 @@ def write_report(records: Sequence[Record], benches: Sequence[BenchRecord], out:
     index = out / "index.html"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        index.write_text(html_page(groups, records, benches), encoding="utf-8")
+        index.write_text(html_page(groups, records, benches, folders), encoding="utf-8")
         (out / "report.md").write_text(markdown(groups, records, benches), encoding="utf-8")
-        for name, figure in _all_figures(groups, benches):
+        for name, figure in _all_figures(groups, benches, folders):
             for suffix in (".svg", ".png"):
                 figures.save(figure, out / "figures" / f"{name}{suffix}")
     return index
 
 
 def _all_figures(
-    groups: Sequence[Sequence[Summary]], benches: Sequence[BenchRecord]
+    groups: Sequence[Sequence[Summary]], benches: Sequence[BenchRecord], folders: Sequence[Path]
 ) -> Iterator[tuple[str, Any]]:
     for number, rows in enumerate(groups, start=1):
         found = front(rows)
         made = [("front", draw(found) if found else None)]
+        placed = over_position.lines(rows, folders)
+        made += [("position", over_position.draw(placed) if placed else None)]
         made += [(value, figures.heatmap_figure(rows, value)) for value, _, _ in page.HEATS]
         for name, figure in made:
             if figure is not None:
@@ -182,9 +190,12 @@ def worth_showing(groups: Sequence[Sequence[Summary]]) -> list[Sequence[Summary]
 
 
 def html_page(
-    groups: Sequence[Sequence[Summary]], records: Sequence[Record], benches: Sequence[BenchRecord]
+    groups: Sequence[Sequence[Summary]],
+    records: Sequence[Record],
+    benches: Sequence[BenchRecord],
+    folders: Sequence[Path] = (),
 ) -> str:
-    """The whole page; nothing in it is fetched from anywhere."""
+    """The whole page; nothing in it is fetched from anywhere. `folders` as for `write_report`."""
     groups = worth_showing(groups)
     names = titles(groups)
     return (
@@ -197,7 +208,7 @@ def html_page(
             records=records,
             failures=[r for rows in groups for r in rows if r.status != "ok"],
             settings=[
-                page.setting(number, name, rows, conclusion(rows))
+                page.setting(number, name, rows, conclusion(rows), folders)
                 for number, (name, rows) in enumerate(zip(names, groups, strict=True), start=1)
             ],
             speeds=[page.speed(name, own, records, drawn=True) for name, own in _by_model(benches)],

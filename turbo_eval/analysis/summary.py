@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from turbo_eval.analysis.statistics import Delta, decided, delta_ppl, table_verdicts
 from turbo_eval.evidence.paired import Decision
@@ -82,6 +83,17 @@ class Summary:
     def profile(self) -> CellProfile | None:
         """The KV profile that the types come from; `k` and `v` are then its name and bits."""
         return self.records[0].cell.profile
+
+    @property
+    def profile_file(self) -> Path | None:
+        """Where that profile lay when it was measured; None: the types come from no profile."""
+        if self.profile is None:
+            return None
+        argv = self.records[0].run.argv
+        if "--kv-profile" in argv:
+            return Path(argv[argv.index("--kv-profile") + 1])
+        said = (path for r in self.records for a in r.run.argv if (path := a.partition("profile=")[2]))
+        return Path(next(said, self.k))
 
     @property
     def bpv_k(self) -> float:

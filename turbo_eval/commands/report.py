@@ -19,7 +19,7 @@ from turbo_eval.analysis.written import write, written
 from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import read_bench
-from turbo_eval.records.store import read_all, warn_once
+from turbo_eval.records.store import read_all, record_folders, warn_once
 from turbo_eval.util import numbers as n
 from turbo_eval.util.paths import repo_root, results_dir
 
@@ -84,7 +84,7 @@ def report(
         groups = [rows for _, rows in by_setting(summarize(records))]
         print(reports.markdown(groups, records, benches), end="")
         return
-    print(reports.write_report(records, benches, out))
+    print(reports.write_report(records, benches, out, record_folders(places)))
 
 
 def _draw(records: Sequence[Record], out: Path, at: int | None) -> None:

@@ -193,3 +193,12 @@ def read_all(paths: Iterable[Path]) -> list[Record]:
     """
     found = (read_or_warn(path) for path in record_files(paths))
     return [record for record in found if record is not None]
+
+
+def record_folders(paths: Iterable[Path]) -> list[Path]:
+    """Folders that hold record files, under the given files and folders.
+
+    Raises:
+        UsageError: a path does not exist.
+    """
+    return list(dict.fromkeys(path.parent for path in record_files(paths)))

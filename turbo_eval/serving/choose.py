@@ -134,16 +134,9 @@ def profile(path: Path) -> Choice:
 
 def cache_of(row: Summary) -> Cache:
     """What the row's records were measured with."""
-    if row.profile is not None:
-        return Cache(profile=_file_of(row), anchor=row.anchor, window=row.window)
+    if row.profile_file is not None:
+        return Cache(profile=row.profile_file, anchor=row.anchor, window=row.window)
     return Cache(row.k, row.v, anchor=row.anchor, window=row.window)
-
-
-def _file_of(row: Summary) -> Path:
-    """A profile lies where it lay when it was measured."""
-    said = next((p for r in row.records for a in r.run.argv if (p := a.partition("profile=")[2])), "")
-    argv = row.records[0].run.argv
-    return Path(argv[argv.index("--kv-profile") + 1] if "--kv-profile" in argv else said or row.k)
 
 
 def _of(candidate: Candidate) -> Choice:

@@ -101,10 +101,14 @@ def _interval(value: float, error: float | None, freedom: int, form: str) -> str
 
 
 def command(row: Summary) -> str:
-    """The llama-server line of a pair, for a model file of that name."""
+    """The llama-server line of a pair or profile, for files of these names in the folder at hand."""
     name = row.model.split("/")[-1].removesuffix(".gguf")
-    argv = ["llama-server", "-m", f"{name}.gguf", "-fa", "on", "-ctk", row.k, "-ctv", row.v]
-    if row.window != resolve(AUTO, AUTO, row.k, row.v):
+    argv = ["llama-server", "-m", f"{name}.gguf", "-fa", "on"]
+    if row.profile_file is not None:
+        argv += ["--kv-profile", row.profile_file.name]
+    else:
+        argv += ["-ctk", row.k, "-ctv", row.v]
+    if row.profile is not None or row.window != resolve(AUTO, AUTO, row.k, row.v):
         argv += ["--kv-recent", str(row.window.recent), "--kv-first", str(row.window.first)]
     if row.anchor in ("on", "off") and row.k not in ("f16", "f32", "bf16"):
         argv += ["--kv-anchor", row.anchor]

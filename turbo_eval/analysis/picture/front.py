@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from turbo_eval.analysis.figures import AMBER, BLUE, GREY, INK
+from turbo_eval.analysis.figures import AMBER, BLUE, GREEN, GREY, INK, axes_of
 from turbo_eval.analysis.picture.points import Front, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {"alone": AMBER, "window": BLUE}
-_WORDS = {"alone": "cache alone", "window": "newest and first tokens kept exact"}
+_COLOURS = {"alone": AMBER, "window": BLUE, "profile": GREEN}
+_MARKS = {"alone": "o", "window": "o", "profile": "D"}
+_WORDS = {
+    "alone": "cache alone",
+    "window": "newest and first tokens kept exact",
+    "profile": "KV profile: types by layer",
+}
 _MANY = 20.0  # ΔPPL in percent up to which the axis stays linear
 
 
@@ -24,15 +29,10 @@ def draw(front: Front, *, prefix: str = "", width: float = 7.5, height: float = 
     Args:
         prefix: of the ids on a page: a name is a link to "#PREFIXrN", the row of the table; "": no links.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
-    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for kind in ("alone", "window"):
+    figure, axes = axes_of(width, height)
+    for kind, words in _WORDS.items():
         if any(p.kind == kind and p.front for p in front.points):
-            axes.plot([], [], "o", color=_COLOURS[kind], label=_WORDS[kind])
+            axes.plot([], [], _MARKS[kind], color=_COLOURS[kind], label=words)
     if any(not p.front for p in front.points):
         axes.plot([], [], "o", color=GREY, mfc="none", label="another pair is smaller and better")
     _axes(axes, front)
@@ -49,36 +49,52 @@ def draw(front: Front, *, prefix: str = "", width: float = 7.5, height: float = 
 
 
 def _axes(axes: Any, front: Front) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: PLC0415 as above
+    from matplotlib.ticker import FixedLocator, MaxNLocator  # noqa: PLC0415 matplotlib takes half a second
 
     low = min(p.loss - (p.error or 0) for p in front.points)
     high = max(p.loss + (p.error or 0) for p in front.points)
-    if front.of == "kld" and low > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(FixedLocator(_steps(low, high)))
-        axes.set_ylim(low / 1.6, high * 1.9)
-    elif high > _MANY:
+    if front.of == "delta" and high > _MANY:
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_locator(FixedLocator([0, *_steps(1, high)]))
         axes.set_ylim(min(low, 0) - 0.5, high * 2)
+        _readable(axes)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.margins(y=0.18)
+        number_axis(axes, low, high, logarithmic=front.of == "kld" and low > 0)
     if front.of == "delta":
         axes.axhline(0, color=INK, linewidth=0.6)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.12g}".replace("-", "−")))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.1)
     axes.set_xlabel(f"bits per value, mean of K and V, window counted, at {front.ctx} tokens")
     axes.set_ylabel(front.unit)
+
+
+def number_axis(axes: Any, low: float, high: float, *, logarithmic: bool) -> None:
+    """A vertical axis for `low` to `high` whose ticks are plain numbers, and few."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator  # noqa: PLC0415 matplotlib takes half a second
+
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_steps(low, high)))
+        axes.set_ylim(low / 1.6, high * 1.9)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.margins(y=0.18)
+    _readable(axes)
+
+
+def _readable(axes: Any) -> None:
+    """Plain numbers, a light grid, no frame."""
+    from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: PLC0415 matplotlib takes half a second
+
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
     axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-    axes.tick_params(colors=INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _plain(number: float, _: object) -> str:
+    return f"{number:.12g}".replace("-", "−")
 
 
 def _steps(low: float, high: float) -> list[float]:
@@ -95,7 +111,7 @@ def _point(axes: Any, point: Point) -> None:
         point.bits,
         point.loss,
         yerr=point.error,
-        fmt="o",
+        fmt=_MARKS[point.kind],
         color=colour,
         mfc=colour if point.front else "none",
         markersize=6,
@@ -159,14 +175,14 @@ def _place(text: Any, x: float, y: float, horizontal: str, vertical: str) -> Non
 
 
 def _box(x: float, y: float, around: float = 4) -> Any:
-    from matplotlib.transforms import Bbox  # noqa: PLC0415 as above
+    from matplotlib.transforms import Bbox  # noqa: PLC0415 matplotlib takes half a second
 
     return Bbox.from_extents(x - around, y - around, x + around, y + around)
 
 
 def _bar(axes: Any, point: Point) -> Any:
     """A point with its error bar."""
-    from matplotlib.transforms import Bbox  # noqa: PLC0415 as above
+    from matplotlib.transforms import Bbox  # noqa: PLC0415 matplotlib takes half a second
 
     error = point.error or 0
     x, low = axes.transData.transform((point.bits, max(point.loss - error, axes.get_ylim()[0])))

@@ -9,7 +9,7 @@ from typing import Literal
 from turbo_eval.analysis.figures import losses, usable
 from turbo_eval.analysis.summary import Summary
 
-Kind = Literal["alone", "window"]
+Kind = Literal["alone", "window", "profile"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Point:
         bits: bits per value of the whole cache, at the context of the picture.
         loss: mean KL divergence in nats, or ΔPPL in percent.
         error: its standard error; None: not known.
-        kind: with an exact window beside the cache, or alone.
+        kind: a pair alone, a pair with an exact window beside it, or types by layer from a profile.
         front: does no other point have both less memory and less loss?
         row: number of the pair in its table, from 0.
     """
@@ -87,8 +87,8 @@ def front(rows: Sequence[Summary], ctx: int | None = None) -> Front | None:
         if not usable(row):
             destroyed.append(row.name)
             continue
-        pair = f"{row.k}/{row.v}" if row.k != row.v else row.k
-        kind: Kind = "window" if row.window else "alone"
+        pair = row.k if row.k == row.v or row.profile is not None else f"{row.k}/{row.v}"
+        kind: Kind = "profile" if row.profile is not None else "window" if row.window else "alone"
         bits, error = bits_at(row, size), _error(row, of)
         points.append(Point(row.name, pair, bits, loss, error, kind, numbers[id(row)]))
     if not points:
