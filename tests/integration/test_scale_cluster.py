@@ -48,7 +48,9 @@ class Ear:
         self.begun.append(number)
         self.on_begin(number)
 
-    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
+    def progress(
+        self, number: int, chunk: int, total: int | None, ppl: float | None, base: float | None = None
+    ) -> None:
         pass
 
     def end(self, number: int, record: Record, *, reused: bool) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,21 @@ class Cli:
         self, *args: str | Path, bin_dir: Path | None = None, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return self.run(*self.sweep_args(*args, bin_dir=bin_dir), env=env)
+
+    def on_a_terminal(self, *args: str | Path) -> tuple[int, str]:
+        """Exit code and all that was written to a pseudo-terminal, without its control sequences."""
+        ours, theirs = pty.openpty()
+        with os.fdopen(ours, "rb", buffering=0) as screen:
+            env = self.env({"TERM": "xterm-256color"})
+            process = subprocess.Popen(
+                self.command(*args), env=env, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+            )
+            os.close(theirs)
+            said = bytearray()
+            with suppress(OSError):  # Linux's way to say that the other side is closed
+                while part := screen.read(4096):
+                    said += part
+        return process.wait(), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
 
     def records(self) -> list[dict[str, Any]]:
         """Every record under the results folder, as JSON."""

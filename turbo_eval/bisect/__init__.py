@@ -196,7 +196,9 @@ class _Silent:
     def begin(self, number: int, job: Job) -> None:
         pass
 
-    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None:
+    def progress(
+        self, number: int, chunk: int, total: int | None, ppl: float | None, base: float | None = None
+    ) -> None:
         pass
 
     def end(self, number: int, record: Record, *, reused: bool) -> None:

@@ -28,7 +28,8 @@ from turbo_eval.records.reference import candidates, comparison, is_exact, serve
 from turbo_eval.sweep.begun import Begun
 from turbo_eval.util.process import Outcome, child_environment, run
 
-OnJob = Callable[[Job, int, int | None, float | None], None]
+# As chunks are scored: the job, chunks done, chunks in all, its running perplexity, that of f16/f16.
+OnJob = Callable[[Job, int, int | None, float | None, float | None], None]
 
 REFERENCE = kv_eval_pair("f16", "f16", "off", OFF)
 
@@ -173,7 +174,7 @@ class _Pass:
             plain = replace(job, cell=job.cell.model_copy(update={"engine": "llama-perplexity"}))
 
             def follow(chunk: int, total: int | None, ppl: float | None, job: Job = job) -> None:
-                self._on_progress(job, chunk, total, ppl)
+                self._on_progress(job, chunk, total, ppl, None)
 
             yield job, metric(plain.cell.metric).measure(plain, self.bench, follow, ())
 
@@ -210,8 +211,10 @@ class _Pass:
                 for job in task.jobs:
                     if (job.cell.metric == "decode") == line.one_token:
                         done = 0 if line.one_token else task.done
-                        ppl = line.ppl.get(REFERENCE if job in task.of_reference else _cache(job))
-                        self._on_progress(job, line.chunk + done, line.total + done, ppl)
+                        own = REFERENCE if job in task.of_reference else _cache(job)
+                        base = line.ppl.get(REFERENCE) if own != REFERENCE else None
+                        ppl = line.ppl.get(own)
+                        self._on_progress(job, line.chunk + done, line.total + done, ppl, base)
             return False
 
         return follow

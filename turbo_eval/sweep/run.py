@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 from turbo_eval.errors import TurboEvalError
@@ -14,17 +13,23 @@ from turbo_eval.metrics import metric, references
 from turbo_eval.metrics.base import Bench, Job, OnProgress
 from turbo_eval.records.provenance import Provenance
 from turbo_eval.records.record import Record
+from turbo_eval.records.reference import candidates, is_exact, serves
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.one_pass import measure_together, together
 from turbo_eval.sweep.plan import Plan
 
 
 class Reporter(Protocol):
-    """Hears what a sweep does. Numbers are 0-based positions in the plan."""
+    """Hears what a sweep does. Numbers are 0-based positions in the plan.
+
+    `ppl` is the perplexity of the first `chunk` chunks, `base` that of f16/f16 over the same.
+    """
 
     def begin(self, number: int, job: Job) -> None: ...
 
-    def progress(self, number: int, chunk: int, total: int | None, ppl: float | None) -> None: ...
+    def progress(
+        self, number: int, chunk: int, total: int | None, ppl: float | None, base: float | None = None
+    ) -> None: ...
 
     def end(self, number: int, record: Record, *, reused: bool) -> None: ...
 
@@ -126,14 +131,29 @@ class _Sweep:
             self.reporter.begin(number, self.jobs[number])
         jobs = [self.jobs[number] for number in numbers]
         if jobs[0].cell.engine == "llama-perplexity":
-            self._end(numbers[0], _measure(jobs[0], self.bench, partial(self.reporter.progress, numbers[0])))
+            self._end(numbers[0], _measure(jobs[0], self.bench, self._follow(numbers[0])))
             return
 
-        def on_progress(job: Job, chunk: int, total: int | None, ppl: float | None) -> None:
-            self.reporter.progress(number_of[id(job)], chunk, total, ppl)
+        def on_progress(
+            job: Job, chunk: int, total: int | None, ppl: float | None, base: float | None = None
+        ) -> None:
+            self.reporter.progress(number_of[id(job)], chunk, total, ppl, base)
 
         for job, record in measure_together(jobs, self.bench, on_progress, sequential=self.sequential):
             self._end(number_of[id(job)], record)
+
+    def _follow(self, number: int) -> OnProgress:
+        """Of a run of llama-perplexity, beside the reference that is on record."""
+        cell = self.jobs[number].cell
+        places = () if is_exact(cell) else candidates(cell)
+        known = next((r for c in places if (r := self.bench.store.load(c)) and serves(r)), None)
+        running = known.running_ppl if known is not None else ()
+
+        def follow(chunk: int, total: int | None, ppl: float | None) -> None:
+            base = running[chunk - 1] if 0 < chunk <= len(running) else None
+            self.reporter.progress(number, chunk, total, ppl, base)
+
+        return follow
 
     def _end(self, number: int, record: Record) -> None:
         self.bench.store.write(record)
