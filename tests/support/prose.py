@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 MOST_WORDS, MOST_SENTENCES = 35, 5
 _FENCE = re.compile(r"^```.*?^```\n?", re.MULTILINE | re.DOTALL)
@@ -37,28 +37,36 @@ def hard(text: str) -> list[str]:
     return found
 
 
-def unexplained(text: str, terms: list[str]) -> list[str]:
-    """Terms of the glossary whose first use on a page is not a link to it. Code is no use of a word."""
+def unexplained(text: str, terms: Mapping[str, str]) -> list[str]:
+    """Terms whose first use on a page is no link to the glossary, nor after a link to their entry there. Code
+    and headings are no use of a word.
+
+    Args:
+        terms: each with the anchor of its entry, as `terms` gives them.
+    """
     text = re.sub(r"<!--.*?-->", "", _FENCE.sub("\n", text), flags=re.DOTALL)
-    text = re.sub(r"`[^`\n]*`|!\[[^\]]*\]", "", text)
-    links = [(m.start(), m.end()) for m in re.finditer(r"\[[^\]]*\]\([^)]*glossary\.md#[^)]*\)", text)]
-    addresses = [(m.start(), m.end()) for m in re.finditer(r"\]\([^)]*\)", text)]
+    text = re.sub(r"`[^`\n]*`|!\[[^\]]*\]|^#.*$", "", text, flags=re.MULTILINE)
+    links = [
+        (m.start(), m.end(), m[1]) for m in re.finditer(r"\[[^\]]*\]\([^)]*glossary\.md#([^)]*)\)", text)
+    ]
+    others = r"\[[^\]]*\]\((?![^)]*glossary\.md#)[^)]*\)|\]\([^)]*\)"  # names of other pages, and addresses
+    skipped = [(m.start(), m.end()) for m in re.finditer(others, text)]
     found = []
-    for term in terms:
-        for use in re.finditer(rf"(?<![\w-]){re.escape(term)}s?(?![\w-])", text, re.IGNORECASE):
-            if any(a <= use.start() < b for a, b in addresses):
-                if any(a <= use.start() < b for a, b in links):
-                    break
-                continue
-            if not any(a <= use.start() < b for a, b in links):
-                found.append(term)
-            break
+    for term, anchor in terms.items():
+        uses = re.finditer(rf"(?<![\w-]){re.escape(term)}s?(?![\w-])", text, re.IGNORECASE)
+        places = (use.start() for use in uses)
+        first = next((at for at in places if not any(a <= at < b for a, b in skipped)), None)
+        told = (a for a, b, entry in links if entry == anchor or (first is not None and a <= first < b))
+        if first is not None and not any(a <= first for a in told):
+            found.append(term)
     return found
 
 
-def terms(glossary: str) -> list[str]:
-    """The headings of the glossary."""
-    return [t for heading in re.findall(r"^## (.+)$", glossary, re.MULTILINE) for t in heading.split(", ")]
+def terms(glossary: str) -> dict[str, str]:
+    """The headings of the glossary, one by one where one holds several, each with its anchor."""
+    headings = re.findall(r"^## (.+)$", glossary, re.MULTILINE)
+    anchors = [re.sub(r"[, ]+", "-", heading.lower()) for heading in headings]
+    return {t: anchor for heading, anchor in zip(headings, anchors, strict=True) for t in heading.split(", ")}
 
 
 def commands(text: str) -> list[str]:

@@ -73,6 +73,12 @@ def test_metrics_point_to_sections_that_exist() -> None:
 
 EASY = ("README.md", "docs/start/index.md")
 GLOSSARY = prose.terms((REFERENCE / "glossary.md").read_text())
+EXPLANATIONS = (
+    *("architecture", "cache-types", "cpu-kernels", "cuda", "exact-window", "metal"),
+    "why-symmetric-turbo-failed",
+)
+# Words of the glossary that these pages use in their everyday sense as well.
+EVERYDAY = {"Cell", "Decode", "Pair", "Profile", "Record", "Reference"}
 # Commands of these pages that test_tutorial.py doesn't run, and what does, or why nothing.
 NOT_RUN = {
     "git clone <this repository> turbo-eval": "the address is the reader's; a test runs in a clone",
@@ -99,6 +105,14 @@ def test_it_reads_easily(page: str) -> None:
     assert prose.unexplained(text, GLOSSARY) == []
 
 
+@pytest.mark.parametrize("name", EXPLANATIONS)
+def test_explanations_are_prose(name: str) -> None:
+    """Short sentences and paragraphs, and a term is a link to the glossary where it comes first."""
+    text = (ROOT / "docs" / "explanation" / f"{name}.md").read_text()
+    assert prose.hard(text) == []
+    assert prose.unexplained(text, {t: a for t, a in GLOSSARY.items() if t not in EVERYDAY}) == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
@@ -107,9 +121,10 @@ def test_the_measures_of_prose_measure() -> None:
     long = "word " * 36 + "end. Short one."
     assert [line.split(":")[0] for line in prose.hard(long)] == ["37 words"]
     assert [line.split(":")[0] for line in prose.hard("One. Two. Three. Four. Five. Six.")] == ["6 sentences"]
-    assert prose.unexplained(
-        "An anchor and `kld`, a [pair](glossary.md#pair).", ["Anchor", "KLD", "Pair"]
-    ) == ["Anchor"]
+    glossary = prose.terms("## Anchor\n## KLD\n## Pair\n## turbo2, turbo3\n")
+    told = "[turbo3](glossary.md#turbo2-turbo3) and turbo2: an anchor and `kld`, a [pair](glossary.md#pair)."
+    assert prose.unexplained(told, glossary) == ["Anchor"]
+    assert prose.unexplained("A pair. Another [pair](glossary.md#pair).", glossary) == ["Pair"]
 
 
 @pytest.mark.parametrize("page", [*EASY, "docs/how-to/own-model.md", "docs/how-to/serving.md"])
