@@ -159,8 +159,13 @@ def speed_figure(records: Sequence[BenchRecord]) -> Figure:
         axes.tick_params(colors=INK)
         for spine in axes.spines.values():
             spine.set_color(INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
     if labels:
-        grid[0][1].legend(fontsize=8, framealpha=0.5)
+        below = grid[0][0].get_legend_handles_labels()
+        legend = figure.legend(*below, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
+        for text in legend.get_texts():
+            text.set_color(INK)
     return figure
 
 
