@@ -73,7 +73,7 @@ def commands(text: str) -> list[str]:
     """Commands of a page: of its code blocks, continued lines joined, `&&` parted, output left out; and those
     in a line of text that begin with the program's name or make."""
     plain = _FENCE.sub("\n", text)
-    inline = re.findall(r"`((?:turbo-eval|make|apt-get)(?: [^`]*)?)`", plain)
+    inline = re.findall(r"`(?:\.venv/bin/)?((?:turbo-eval|make|apt-get)(?: [^`]*)?)`", plain)
     found = [" ".join(shlex.split(command)) for command in inline]
     for block in re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

@@ -145,6 +145,11 @@ def test_every_command_is_one(page: str) -> None:
             assert (command in NOT_RUN) != (command in tutorial.RUN), f"{page}: {command}"
 
 
+def test_nothing_is_listed_that_no_page_says() -> None:
+    said = {command for page in EASY for command in prose.commands((ROOT / page).read_text())}
+    assert set(NOT_RUN) | tutorial.RUN == said
+
+
 def test_the_picture_is_of_the_records() -> None:
     """docs/img/front.svg is what `turbo-eval report … --front docs/img/front.svg --at 8192` draws."""
     records = read_all([ROOT / "results" / "reference" / "smollm2-135m-f32-cpu"])
