@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from turbo_eval.analysis import table
+from turbo_eval.analysis.summary import summarize
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
+from turbo_eval.records.store import read_all
 from turbo_eval.util import paths
 
+PAGE = paths.repo_root() / "docs" / "start" / "index.md"
 DEMO = "make demo"
 CHOOSE = "turbo-eval recommend smollm2-135m --max-delta-ppl 3% --no-measure"
 SERVE = "turbo-eval serve smollm2-135m --max-kld 0.05"
@@ -90,6 +95,43 @@ def test_from_a_clone_to_a_table_and_a_choice(build: Build, home: Path) -> None:
         assert pair in table
     said = told(CHOOSE, home)
     assert said.count("recommended") == 1 and "-ctk turbo3 -ctv turbo3" in said
+
+
+def shown(first: str) -> list[str]:
+    """Lines of the page's block of output that begins with that word."""
+    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    [block] = [block for block in blocks if block.split()[0] == first]
+    return list(block.splitlines())
+
+
+def close(page: str, own: str) -> bool:
+    """Are two fields of a table the same? What another processor rounds in another order may be a little off:
+    perplexities by 1 %, changes of it by half a percentage point."""
+    if page == own:
+        return True
+    try:
+        a, b = (float(field.split(" ± ")[0]) for field in (page, own))
+    except ValueError:
+        return False
+    return "±" in page and abs(a - b) <= (0.5 if page[0] in "+-" else 0.01 * b)
+
+
+def test_the_page_shows_what_is_printed(build: Build, home: Path) -> None:
+    """Each row of its table but for rounding, and what is recommended up to the figures of this machine."""
+    told(DEMO, home)
+    _, columns, lines = table.for_people(table.to_frame(summarize(read_all([home / "results"]))))
+    header, *rows = (re.split(r" {2,}", line.strip()) for line in shown("K"))
+    own = [[line[columns.index(name)] for name in header] for line in lines]
+    assert len(rows) == len(own) == 7
+    for row, ran in zip(rows, own, strict=True):
+        odd = [pair for pair in zip(row, ran, strict=True) if not close(*pair)]
+        assert not odd, f"{row[:2]}: {odd}"
+    said = told(CHOOSE, home)
+    first, *chosen = shown("smollm2-135m,")
+    assert re.sub("build [0-9a-f]{12}", "", first) in re.sub("build [0-9a-f]{12}", "", said)
+    for line in chosen:
+        start, model, rest = line.partition(", ΔPPL")[0].partition("-m ~/.cache/turbo-eval/models/")
+        assert all(part in said for part in (start.partition("llama-server")[0], rest, model and "-m ")), line
 
 
 def test_serve_what_was_chosen(build: Build, home: Path) -> None:
