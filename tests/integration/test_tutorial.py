@@ -105,8 +105,8 @@ def shown(first: str) -> list[str]:
 
 
 def close(page: str, own: str) -> bool:
-    """Are two fields of a table the same? Another processor rounds in another order, so a perplexity may be off
-    by 2 %, and its change by four of its errors."""
+    """Are two fields the same? Another processor rounds in another order: a perplexity may be off by
+    2 %, and its change by four of its errors."""
     if page == own:
         return True
     try:
