@@ -81,7 +81,7 @@ max_kld = 5
 
 
 def test_gate_until_decided(build: Build, model: Path, text: Path, tmp_path: Path) -> None:
-    """Chunks are added to the pairs that its tests leave open, and verdicts are read from the longer records."""
+    """Chunks are added to the pairs that its tests leave open; verdicts are read from the longer records."""
     config, results = tmp_path / "gate.toml", tmp_path / "results"
     config.write_text(GATE.format(model=model, text=text))
     args = ("gate", config, "--bin-dir", build.bin_dir, "--results", results)

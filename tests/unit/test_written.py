@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.store import Store
 
 ROOT = Path(__file__).parents[2]
+from turbo_eval.analysis.written.blocks import BLOCKS
+from turbo_eval.util.paths import repo_root
 
 
 def report(*args: str) -> int:
@@ -115,3 +120,20 @@ def test_blocks_that_cannot_be_written(tmp_path: Path) -> None:
     example = doc(tmp_path, "budgets")
     example.write_text("```\n<!-- turbo-eval: anything -->\n```\n")
     assert written(tmp_path, records) == []
+
+
+def test_a_compared_figure_has_a_source_that_is_there(tmp_path: Path) -> None:
+    """What no record holds stands in compared.toml; without a source it is not shown."""
+    reference = repo_root() / "results" / "reference"
+    facts = tomllib.loads((reference / "compared.toml").read_text())["row"]
+    sources = [f[name]["source"] for f in facts for name in ("ppl", "h100", "cpu") if name in f]
+    for source in {s for s in sources if s != "the unit"}:
+        path, _, anchor = source.partition("#")
+        headings = re.findall(r"^#+ (.*)$", (repo_root() / path).read_text(), re.M)
+        slugs = {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+        assert anchor in slugs, (source, slugs)
+    copy = tmp_path / "reference"
+    shutil.copytree(reference, copy)
+    text = (copy / "compared.toml").read_text()
+    (copy / "compared.toml").write_text(text.replace(f'source = "{sources[3]}"', 'source = ""', 1))
+    assert BLOCKS["compared"](copy).count("–") == BLOCKS["compared"](reference).count("–") + 1

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from turbo_eval.analysis.report import setting_title
 from turbo_eval.analysis.summary import Summary, by_setting, said_of_reference, summarize
 from turbo_eval.analysis.table import for_people, to_frame
 from turbo_eval.errors import IncompleteError
-from turbo_eval.formats.cache_types import kv_mib
+from turbo_eval.formats.cache_types import cache_type, kv_mib
 from turbo_eval.formats.window import OFF, Window, resolve
 from turbo_eval.records.store import read_all
+from turbo_eval.util.text import read_toml
 
 _STEP = "measure it: results/README.md says how"
 
@@ -119,8 +121,54 @@ def window_effect(reference: Path) -> str:
     return _table(heads, lines, 2)
 
 
+_EXACT_MODEL = "smollm2-135m-f32"  # weights without noise of their own
+_BITS_AT = 8192  # tokens
+
+
+def compared(reference: Path) -> str:
+    """Our types beside what people use: KL divergence from records, the rest from `compared.toml`, where each
+    figure names its source. For README."""
+    rows = next((rows for rows in _settings(reference) if rows[0].model == _EXACT_MODEL), None)
+    if rows is None:
+        raise IncompleteError(f"no record in {reference} is of {_EXACT_MODEL}", _STEP)
+    facts = read_toml(reference / "compared.toml", what="facts ")["row"]
+    measured_as = f"KLD, SmolLM2, {rows[0].chunks} × {rows[0].ctx} tokens"
+    heads = [
+        "",
+        f"bits per value, at {_BITS_AT} tokens",
+        measured_as,
+        "[PPL](docs/reference/glossary.md#perplexity), Qwen2.5 1.5B",
+    ]
+    heads += ["H100, 65536 tokens", "CPU, 4096 tokens"]
+    lines = [_compared(fact, rows) for fact in facts]
+    return _table(heads, lines, 1)
+
+
+def _compared(fact: dict[str, Any], rows: Sequence[Summary]) -> list[str]:
+    bits, kld = fact.get("bits"), "–"
+    if "cache" in fact:
+        k, v = fact["cache"]
+        window = resolve("auto", "auto", k, v) if fact.get("window") else OFF
+        cells = -(-(window.recent + window.first) // _WINDOW_UNIT) * _WINDOW_UNIT
+        bits = (cache_type(k).bpv + cache_type(v).bpv) / 2 + cells * cache_type("q8_0").bpv / _BITS_AT
+        row = next((row for row in rows if (row.k, row.v) == (k, v) and row.window == window), None)
+        found = _kld(row) if row is not None else None
+        kld = "–" if found is None else f"{found:.4f}" if found else "0"
+    cells_ = [f"{bits:.2f}" if bits != int(bits) else f"{bits:.0f}", kld, _sourced(fact, "ppl", "{:.2f}")]
+    return [fact["name"], *cells_, *(_sourced(fact, name, "{:.2f}×") for name in ("h100", "cpu"))]
+
+
+def _sourced(fact: dict[str, Any], name: str, pattern: str) -> str:
+    known = fact.get(name)
+    if known is None or not known.get("source"):
+        return "–"
+    value = float(known["value"])
+    return pattern.format(value) if value < 100 else f"{value:.0f}"
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "measured": measured,
     "budgets": budgets,
     "window-effect": window_effect,
+    "compared": compared,
 }
