@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 
 from tests.support.records import MACHINE, make_chunks, make_kld, make_record
 from turbo_eval.analysis.written import END, write, written
+from turbo_eval.analysis.written.blocks import BLOCKS
 from turbo_eval.commands.report import register
 from turbo_eval.errors import IncompleteError, UsageError
 from turbo_eval.records.store import Store
 
 ROOT = Path(__file__).parents[2]
-from turbo_eval.analysis.written.blocks import BLOCKS
-from turbo_eval.util.paths import repo_root
 
 
 def report(*args: str) -> int:
@@ -124,12 +123,12 @@ def test_blocks_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_compared_figure_has_a_source_that_is_there(tmp_path: Path) -> None:
     """What no record holds stands in compared.toml; without a source it is not shown."""
-    reference = repo_root() / "results" / "reference"
+    reference = ROOT / "results" / "reference"
     facts = tomllib.loads((reference / "compared.toml").read_text())["row"]
     sources = [f[name]["source"] for f in facts for name in ("ppl", "h100", "cpu") if name in f]
     for source in {s for s in sources if s != "the unit"}:
         path, _, anchor = source.partition("#")
-        headings = re.findall(r"^#+ (.*)$", (repo_root() / path).read_text(), re.M)
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M)
         slugs = {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
         assert anchor in slugs, (source, slugs)
     copy = tmp_path / "reference"

@@ -145,7 +145,7 @@ def compared(reference: Path) -> str:
 
 
 def _compared(fact: dict[str, Any], rows: Sequence[Summary]) -> list[str]:
-    bits, kld = fact.get("bits"), "–"
+    bits, kld = float(fact.get("bits", 0.0)), "–"
     if "cache" in fact:
         k, v = fact["cache"]
         window = resolve("auto", "auto", k, v) if fact.get("window") else OFF

@@ -92,7 +92,7 @@ class Tasks(Metric):
                 figures = compare_tasks(right, str(exact["tasks_right"]) if exact else right)
                 figures["tasks_sha256"] = digest(content)
         info = run_of(outcome, argv, removed, bench, log)
-        return record_of(cell, info, bench, state, fault, **({"figures": figures} if figures else {}))
+        return record_of(cell, info, bench, state, fault, None, figures=figures)
 
     def words(self, record: Record) -> str:
         told = record.figures
