@@ -116,8 +116,8 @@ def test_recommend_until_decided(build: Build, model: Path, text: Path, tmp_path
         "1",
     )
     more = ("--bin-dir", build.bin_dir, "--results", results, "--until-decided", "--max-chunks", "8")
-    done = run(*args, *more, "--max-delta-ppl", "3%", "--json")
-    assert done.returncode in (0, 3), done.stderr
+    done = run(*args, *more, "--max-delta-ppl", "0.05%", "--json")
+    assert done.returncode in (0, 1, 3), done.stderr
     told = json.loads(done.stdout)
     assert max(c["chunks"] for c in told["candidates"]) > 4, "something was open after four chunks"
     best = told["recommended"]
