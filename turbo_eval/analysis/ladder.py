@@ -75,6 +75,7 @@ class Ladder:
     ) -> None:
         self.wish, self.build, self.provenance, self.store = wish, build, provenance, store
         self._matches = matches
+        self._corpus = ""  # its name in records, where chunks are added
 
     def rows(self) -> list[Summary]:
         """What is on record."""
@@ -126,6 +127,8 @@ class Ladder:
             most: chunks are added to a pair that is not decided, as many as that at most; None: none are.
         """
         rows = self.rows()
+        if most is not None:
+            self._corpus = self._plan(self.pairs()[:1]).jobs[0].cell.corpus
         missing = self.missing(rows, ctx, bound)
         if missing:
             self._announce(missing)
@@ -172,7 +175,7 @@ class Ladder:
             if (c.row.k, c.row.v) == pair
             and c.within is None
             and c.memory_mib < limit
-            and (c.row.corpus, c.row.ctx) == (self.wish.corpus, self.wish.ctx)
+            and (c.row.corpus, c.row.ctx) == (self._corpus, self.wish.ctx)
         ]
 
     def _plan(self, pairs: Sequence[Pair], chunks: int | None = None) -> Plan:
