@@ -10,7 +10,9 @@ import pytest
 
 from tests.support.harness import Cli, one_sentence
 from tests.support.records import make_record, provenance
-from turbo_eval.bench.run import UNVERIFIED, quality
+from turbo_eval.bench.plan import Step
+from turbo_eval.bench.quality import UNVERIFIED, one_token, quality
+from turbo_eval.bench.tools import Speeds, read_speeds
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import read_gguf_info
@@ -48,6 +50,35 @@ def test_ratios_are_of_the_same_round() -> None:
     record = bench_record(decode=(110.0, 55.0, 36.0), decode_f16=(100.0, 50.0, 30.0))
     assert record.decode_ratio == pytest.approx(1.1)
     assert record.prefill_ratio is None
+
+
+def test_of_several_sequences_and_of_drafts() -> None:
+    record = bench_record(workload="parallel", size=8, prefill=(900.0,), decode=(160.0,))
+    assert (record.load, record.decode_each, record.step_ms) == ("p8", 20.0, 50.0)
+    one = bench_record(workload="draft", depth=64, decode=(100.0,))
+    draft = bench_record(workload="draft", depth=64, size=4, decode=(200.0,))
+    assert (draft.load, draft.step_ms, one.step_ms) == ("d64.n4", 20.0, 10.0)
+    others = [bench_record(workload="draft", depth=0), bench_record(workload="draft", depth=64, k="turbo3")]
+    assert one_token(draft, [draft, *others, one]) == one
+    assert one_token(draft, [draft, *others]) is None and one_token(record, [one]) is None
+
+
+PARALLEL = '{"pp": 64, "tg": 8, "pl": %d, "speed_pp": %s, "speed_tg": %s}'
+
+
+@pytest.mark.parametrize("speed", ["nan", "NaN", "inf", "Infinity", "0.000000", "-1.5"])
+def test_a_speed_that_is_none_is_left_out(speed: str) -> None:
+    step = Step("parallel", 0, (1, 4))
+    text = "\n".join(["load: x", PARALLEL % (1, "100.5", "10.5"), PARALLEL % (4, "300.5", speed), "{cut"])
+    assert read_speeds(text, step) == {1: Speeds(100.5, 10.5)}
+
+
+def test_the_later_test_of_a_size_counts() -> None:
+    """The first one of a process pays for what is done once."""
+    text = "\n".join(
+        [PARALLEL % (1, "1.5", "1.5"), PARALLEL % (1, "100.5", "10.5"), PARALLEL % (9, "1", "1")]
+    )
+    assert read_speeds(text, Step("parallel", 0, (1,))) == {1: Speeds(100.5, 10.5)}
 
 
 def test_quality_only_of_the_same_cell() -> None:
@@ -112,6 +143,82 @@ def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:
     assert cli.run("table", cli.results).returncode == 3, "benchmarks are no quality records"
 
 
+TINY = ("bench", "--synthetic", "tiny", "--reps", "1", "--threads", "1")
+
+
+def _bench(cli: Cli, *args: str | Path) -> tuple[list[dict[str, Any]], str]:
+    done = cli.run(*TINY, *args, "--json", "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_several_sequences(tmp_path: Path, build: Build) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["--pairs", "turbo3:turbo3", "--parallel", "3,1", "--recent", "16", "--prompt", "40", "--gen", "6"]
+    rows, said = _bench(cli, *args, "--plot", tmp_path / "p.svg")
+    assert [(r["size"], r["k"], r["recent"]) for r in rows] == [
+        (1, "f16", 0),
+        (1, "turbo3", 16),
+        (3, "f16", 0),
+        (3, "turbo3", 16),
+    ]
+    for row in rows:
+        assert (row["status"], row["workload"], row["depth"]) == ("ok", "parallel", 0)
+        assert (row["effective_k"], row["effective_recent"]) == (row["k"], row["recent"])
+        assert len(row["prefill"]) == len(row["decode"]) == 1 and min(row["prefill"] + row["decode"]) > 0
+        assert row["decode_each"] == pytest.approx(row["decode"][0] / row["size"])
+        assert row["argv"][row["argv"].index("-c") + 1] == "768", "three sequences of 256 cells"
+    assert "plan: 2 caches, 1 round, 2 runs (llama-batched-bench, 1,3 sequences: 2 runs)" in said
+    assert "new tokens, all sequences" in (tmp_path / "p.svg").read_text()
+    again, said = _bench(cli, *args)
+    assert again == rows and "plan: 2 caches, 1 round, 0 runs; 4 records kept" in said
+    shown = cli.run(*TINY, *args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert "sequences" in shown.stdout and f"quality: {UNVERIFIED}" in shown.stdout
+    page = cli.run("report", "--markdown", cli.results)
+    assert page.stdout.count("| 3 | turbo3/turbo3 window 16+4 |") == 1
+
+
+def test_drafts(tmp_path: Path, build: Build) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["--pairs", "q8_0:q8_0", "--draft", "4", "--depths", "0,300", "--prompt", "0", "--gen", "0"]
+    rows, said = _bench(cli, *args, "--plot", tmp_path / "d.svg")
+    assert [(r["depth"], r["size"], r["k"]) for r in rows] == [
+        (d, n, k) for d in (0, 300) for n in (1, 4) for k in ("f16", "q8_0")
+    ]
+    for row in rows:
+        assert (row["status"], row["workload"], row["prefill"]) == ("ok", "draft", [])
+        assert row["effective_k"] == row["k"] and row["decode_ratio"] > 0
+        assert row["step_ms"] == pytest.approx(1000 * row["size"] / row["decode"][0])
+    assert "llama-bench, depth 300 drafts of 1,4: 2 runs" in said
+    assert "drafts at depth 300" in (tmp_path / "d.svg").read_text()
+    shown = cli.run(*TINY, *args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert shown.returncode == 0 and "× one token" in shown.stdout
+
+
+def test_what_is_on_record_is_kept(tmp_path: Path, build: Build) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = ["--prompt", "16", "--gen", "0"]
+    first, _ = _bench(cli, *args, "--depths", "0", "--pairs", "q8_0:q8_0")
+    more, said = _bench(cli, *args, "--depths", "0,64", "--pairs", "q8_0:q8_0,q4_0:q4_0", "--recent", "0")
+    assert "depth 0: 2 runs; llama-bench, depth 64: 3 runs" in said and "5 runs; 1 records kept" in said
+    assert more[1] == first[1], "q8_0 was not run again"
+    assert more[0]["key"] == first[0]["key"], "f16 ran again, beside q4_0"
+    _, said = _bench(cli, *args, "--depths", "0", "--pairs", "q8_0:q8_0", "--reps", "2")
+    assert "plan: 2 caches, 2 rounds, 4 runs" in said, "one round on record is not two"
+    _, said = _bench(cli, *args, "--depths", "0", "--pairs", "q8_0:q8_0", "--fresh")
+    assert "plan: 2 caches, 1 round, 2 runs" in said
+
+
+def test_what_failed_runs_again(tmp_path: Path, build: Build) -> None:
+    cli = Cli(tmp_path / "results", build.bin_dir)
+    args = [*TINY, "--pairs", "q8_0:q8_0", "--draft", "2", "--depths", "4096", "--timeout", "0.01", "--json"]
+    done = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert done.returncode == 3 and {r["status"] for r in json.loads(done.stdout)} == {"timeout"}
+    assert "q8_0/q8_0 with a draft of 2 at depth 4096 is timeout" in done.stderr
+    again = cli.run(*args, "--bin-dir", cli.bin_dir, "--results", cli.results)
+    assert "plan: 2 caches, 1 round, 2 runs" in again.stderr
+
+
 def test_windows_beside_each_other(tmp_path: Path, build: Build) -> None:
     """Each run has the window that was asked for, and not llama.cpp's default."""
     cli = Cli(tmp_path / "results", build.bin_dir)
@@ -141,7 +248,17 @@ def test_anchor_states_beside_each_other(tmp_path: Path, build: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [(), ("--model", "a", "--synthetic", "8b"), ("--synthetic", "tiny", "--depths", "-1")]
+    "args",
+    [
+        (),
+        ("--model", "a", "--synthetic", "8b"),
+        ("--synthetic", "tiny", "--depths", "-1"),
+        ("--synthetic", "tiny", "--parallel", "0"),
+        ("--synthetic", "tiny", "--parallel", "257"),
+        ("--synthetic", "tiny", "--parallel", "4", "--gen", "0"),
+        ("--synthetic", "tiny", "--draft", "513"),
+        ("--synthetic", "tiny", "--draft", "nan"),
+    ],
 )
 def test_bad_usage(tmp_path: Path, build: Build, args: tuple[str, ...]) -> None:
     cli = Cli(tmp_path, build.bin_dir)

@@ -134,13 +134,15 @@ max_kld = 100.0
     assert cli.run(*shared).returncode == 1
 
 
-def test_bench(cli: Cli, model: Path, profile: Path) -> None:
+@pytest.mark.parametrize("load", [(), ("--parallel", "2"), ("--draft", "2")])
+def test_bench(cli: Cli, model: Path, profile: Path, load: tuple[str, ...]) -> None:
     shared: list[str | Path] = ["--model", model, "--pairs", "turbo3:turbo3", "--depths", "0", "--reps", "1"]
-    shared += ["--prompt", "8", "--gen", "2", "--results", cli.results, "--bin-dir", cli.bin_dir]
+    shared += [*load, "--prompt", "8", "--gen", "2", "--results", cli.results, "--bin-dir", cli.bin_dir]
     done = cli.run("bench", *shared, "--profile", profile, "--json")
     assert done.returncode == 0, done.stderr
     rows = {r["k"]: r for r in json.loads(done.stdout)}
     assert rows["mixed"]["effective_k"] == "profile" and rows["mixed"]["v"] == "3.91"
+    assert rows["mixed"]["effective_recent"] == 16 and "--kv-profile" in rows["mixed"]["argv"]
     assert len({r["key"] for r in rows.values()}) == 3
 
 

@@ -1,18 +1,15 @@
-"""Figures of the report: quality against bits, K × V heatmaps, speed against depth."""
+"""Figures of the report: quality against bits, K × V heatmaps; what all figures share."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbo_eval.analysis.summary import Summary
-from turbo_eval.bench.run import pair_label
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import cache_type
-from turbo_eval.records.speed import BenchRecord
 from turbo_eval.tune.run import Tuned
 from turbo_eval.util.files import writing
 
@@ -130,43 +127,6 @@ def heat_value(row: Summary, value: str) -> float | None:
         return row.delta_pct
     record = row.get("kld")
     return record.kld.mean if record is not None and record.kld is not None else None
-
-
-def speed_figure(records: Sequence[BenchRecord]) -> Figure:
-    """Tokens/s (above) and ratio to f16 of the same rounds (below) against depth."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 as below
-    from matplotlib.figure import Figure  # noqa: PLC0415 matplotlib takes half a second
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, 2, sharex=True)
-    measured = [r for r in records if r.status == "ok"]
-    labels = list(dict.fromkeys(pair_label(r, measured) for r in measured))
-    for column, name in enumerate(("prefill", "decode")):
-        for label, colour, mark in zip(labels, cycle(SERIES), cycle(MARKS), strict=False):
-            own = [r for r in measured if pair_label(r, measured) == label]
-            for line, field in enumerate((f"{name}_median", f"{name}_ratio")):
-                points = [(r.depth, y) for r in own if (y := r.row()[field]) is not None]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    grid[line][column].plot(x, y, "-", marker=mark, markersize=4, color=colour, label=label)
-        grid[0][column].set_title(name, color=INK)
-        grid[1][column].set_xlabel("depth [tokens]", color=INK)
-        grid[1][column].axhline(1, color=INK, linewidth=0.6)
-    grid[0][0].set_ylabel("tokens/s", color=INK)
-    grid[1][0].set_ylabel("× f16", color=INK)
-    for axes in grid.flat:
-        axes.tick_params(colors=INK)
-        for spine in axes.spines.values():
-            spine.set_color(INK)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    if labels:
-        below = grid[0][0].get_legend_handles_labels()
-        legend = figure.legend(*below, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False)
-        for text in legend.get_texts():
-            text.set_color(INK)
-    return figure
 
 
 def inline_svg(figure: Figure, label: str) -> str:

@@ -16,8 +16,9 @@ from turbo_eval.analysis import figures, table
 from turbo_eval.analysis.picture import over_position
 from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front
+from turbo_eval.analysis.speed import lines
+from turbo_eval.analysis.speed.figure import speed_figure
 from turbo_eval.analysis.summary import Summary, said_of_reference
-from turbo_eval.bench.run import pair_label, quality, quality_words
 from turbo_eval.formats.cache_types import cache_type
 from turbo_eval.records.record import Record
 from turbo_eval.records.speed import BenchRecord
@@ -26,7 +27,6 @@ HEATS = (
     ("kld", "KL divergence from f16 [nats]", "{:z.4f}"),
     ("delta_pct", "ΔPPL [%]", "{:+.2f}"),
 )
-SPEED_COLUMNS = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
 
 
 def environment() -> Environment:
@@ -133,33 +133,16 @@ def _heat(rows: Sequence[Summary], value: str, title: str, form: str) -> dict[st
 def speed(
     name: str, own: Sequence[BenchRecord], records: Sequence[Record], *, drawn: bool = False
 ) -> dict[str, Any]:
-    """What the page shows of one model's speed; markdown does without the figure."""
-    figure = (
-        Markup(figures.inline_svg(figures.speed_figure(own), f"Speed against depth, {name}")) if drawn else ""
-    )
+    """What the page shows of one model's speed under one kind of load; markdown does without the figure."""
+    figure = Markup(figures.inline_svg(speed_figure(own), f"Speed, {name}")) if drawn else ""
     return {
         "name": name,
         "backend": own[0].backend,
-        "lines": [bench_cells(r, own, records) for r in own],
+        "columns": lines.COLUMNS[own[0].workload],
+        "lines": [lines.line(r, own, records) for r in own],
         "bad": [r.status != "ok" for r in own],
         "figure": figure,
     }
-
-
-def bench_cells(record: BenchRecord, among: Sequence[BenchRecord], records: Sequence[Record]) -> list[str]:
-    """A line of the table of speeds."""
-    row, label = record.row(), pair_label(record, among)
-    if record.status != "ok":
-        return [str(record.depth), label, "–", "–", "–", "–", record.status]
-    words = quality_words(quality(record, records))
-    names = (
-        ("prefill_median", ".1f"),
-        ("prefill_ratio", ".3f"),
-        ("decode_median", ".2f"),
-        ("decode_ratio", ".3f"),
-    )
-    numbers = [format(row[n], p) if row[n] is not None else "–" for n, p in names]
-    return [str(record.depth), label, *numbers, words]
 
 
 def origins(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from turbo_eval.analysis.picture import over_position
 from turbo_eval.analysis.picture.cards import cards
 from turbo_eval.analysis.picture.front import draw
 from turbo_eval.analysis.picture.points import front
+from turbo_eval.analysis.speed import lines
+from turbo_eval.analysis.speed.figure import speed_figure
 from turbo_eval.analysis.summary import (
     Summary,
     by_setting,
@@ -62,7 +64,7 @@ def _all_figures(
             if figure is not None:
                 yield f"{number}-{rows[0].model.split('/')[-1]}-{name}", figure
     for model, own in _by_model(benches):
-        yield f"speed-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}", figures.speed_figure(own)
+        yield f"speed-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}", speed_figure(own)
 
 
 def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecord]]]:
@@ -70,7 +72,13 @@ def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecor
     found: dict[tuple[str, ...], list[BenchRecord]] = {}
     for record in benches:
         env = " ".join(f"{name}={value}" for name, value in record.env.items())
-        parts = (record.backend, f"build {record.tree[:12]}", f"{record.threads} threads", env)
+        parts = (
+            lines.NAMES[record.workload],
+            record.backend,
+            f"build {record.tree[:12]}",
+            f"{record.threads} threads",
+            env,
+        )
         machine = record.provenance.machine.id
         found.setdefault((record.model.split("/")[-1], *parts, machine), []).append(record)
     headings = []
@@ -81,11 +89,11 @@ def _by_model(benches: Sequence[BenchRecord]) -> list[tuple[str, list[BenchRecor
     return headings
 
 
-def _bench_rank(record: BenchRecord) -> tuple[int, float]:
-    """By depth, then from many bits to few."""
+def _bench_rank(record: BenchRecord) -> tuple[int, int, float]:
+    """By depth, then by sequences or length of draft, then from many bits to few."""
     if record.profile is not None:
-        return record.depth, -(record.profile.bits_k + record.profile.bits_v)
-    return record.depth, -(cache_type(record.k).bpv + cache_type(record.v).bpv)
+        return record.depth, record.size, -(record.profile.bits_k + record.profile.bits_v)
+    return record.depth, record.size, -(cache_type(record.k).bpv + cache_type(record.v).bpv)
 
 
 def conclusion(rows: Sequence[Summary]) -> list[str]:
@@ -174,7 +182,7 @@ def markdown(
     ]
     template = page.environment().get_template("report.md.j2")
     speeds = [page.speed(name, own, records) for name, own in _by_model(benches)]
-    text = template.render(settings=settings, speeds=speeds, speed_columns=page.SPEED_COLUMNS)
+    text = template.render(settings=settings, speeds=speeds)
     return text.rstrip() + "\n"
 
 
@@ -212,7 +220,6 @@ def html_page(
                 for number, (name, rows) in enumerate(zip(names, groups, strict=True), start=1)
             ],
             speeds=[page.speed(name, own, records, drawn=True) for name, own in _by_model(benches)],
-            speed_columns=page.SPEED_COLUMNS,
             origins=page.origins(records),
             files=page.files(records),
             setting_title=setting_title,

@@ -1,4 +1,4 @@
-"""turbo-eval bench: speed over depth, with the quality of the same pair beside it."""
+"""turbo-eval bench: speed over depth, of several sequences, of drafts; with the quality of the same cache."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
-from turbo_eval.analysis.figures import save, speed_figure
+from turbo_eval.analysis.figures import save
+from turbo_eval.analysis.speed import lines
+from turbo_eval.analysis.speed.figure import speed_figure
 from turbo_eval.analysis.staleness import moved_on
 from turbo_eval.anchor.profile import fitting_profiles, read_profiles, windowed_profiles
-from turbo_eval.bench.run import UNVERIFIED, BenchPlan, pair_label, quality, quality_words, run_bench
+from turbo_eval.bench.plan import BenchPlan
+from turbo_eval.bench.quality import UNVERIFIED, quality
+from turbo_eval.bench.run import Benchmark
 from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import CACHE_TYPES, parse_pair
@@ -26,7 +30,7 @@ from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
 from turbo_eval.llama.provenance import collect
 from turbo_eval.llama.tool import capabilities, check_types, check_window
 from turbo_eval.records.record import Record
-from turbo_eval.records.speed import BenchRecord
+from turbo_eval.records.speed import WORKLOADS, BenchRecord
 from turbo_eval.records.store import Store
 from turbo_eval.sweep.plan import beyond_training, check_anchors, check_blocks
 from turbo_eval.util import numbers as n
@@ -39,13 +43,18 @@ PAIRS = ",".join(
 
 def register(app: typer.Typer) -> None:
     app.command(
-        help="""Measure prefill and decode speed over depth, interleaved with f16 of the same build.
+        help="""Measure speed, interleaved with f16 of the same build: over depth, or, with --parallel and
+        --draft, what servers and speculative decoding pay.
 
-        Exit code 0: every pair ran; 3: some did not.
+        What is on record with as many rounds is kept. Exit code 0: every pair ran; 3: some did not.
 
           turbo-eval bench --model qwen2.5-coder-0.5b --pairs turbo3:turbo3,q8_0:turbo3 --depths 0,4096
 
           turbo-eval bench --synthetic 8b --backend cuda --depths 0,16384,65536 --plot speed.svg
+
+          turbo-eval bench --model qwen2.5-coder-0.5b --parallel 1,8,32 --prompt 512 --gen 64
+
+          turbo-eval bench --model qwen2.5-coder-0.5b --draft 2,8,32 --depths 4096
         """
     )(bench)
 
@@ -53,13 +62,36 @@ def register(app: typer.Typer) -> None:
 Prompt = Annotated[
     int,
     typer.Option(
-        parser=n.option("--prompt", n.DEPTH), metavar="N", help="Tokens of the prefill test; 0: none."
+        parser=n.option("--prompt", n.DEPTH),
+        metavar="N",
+        help="Tokens of the prefill test, or of each prompt of --parallel; 0: none.",
     ),
 ]
 Gen = Annotated[
     int,
-    typer.Option(parser=n.option("--gen", n.DEPTH), metavar="N", help="Tokens of the decode test; 0: none."),
+    typer.Option(
+        parser=n.option("--gen", n.DEPTH),
+        metavar="N",
+        help="Tokens of the decode test, or new tokens of each sequence of --parallel; 0: none.",
+    ),
 ]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N…]",
+        help="Not over depth, but so many sequences at once, as a server has, e.g. 1,8,32.",
+        show_default=False,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N…]",
+        help="Not prefill and decode, but so many new tokens a step, as to check a draft, e.g. 2,8,32.",
+        show_default=False,
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is on record.")]
 Reps = Annotated[
     int, typer.Option(parser=n.option("--reps", n.COUNT), metavar="N", help="Interleaved rounds.")
 ]
@@ -75,6 +107,8 @@ def bench(
     depths: Annotated[str, typer.Option(help="Tokens in the cache before the test.")] = "0,4096",
     prompt: Prompt = 256,
     gen: Gen = 32,
+    parallel: Parallel = None,
+    draft: Draft = None,
     reps: Reps = 3,
     backend: o.Backend = None,
     threads: o.Threads = None,
@@ -84,13 +118,13 @@ def bench(
     timeout: o.Timeout = None,
     bin_dir: o.BinDir = None,
     results: o.Results = None,
+    fresh: Fresh = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: .svg or .png.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON, nothing else.")] = False,
 ) -> None:
     if (model is None) == (synthetic is None):
         raise UsageError("name a model or a synthetic shape", "give --model or --synthetic, not both")
-    if prompt + gen == 0:
-        raise UsageError("there is nothing to measure", "give --prompt or --gen above 0")
+    sequences, drafts = _sizes(parallel, draft, prompt, gen)
     wanted = tuple(parse_pair(p) for p in pairs.split(",") if p.strip())
     build = o.load_build(backend or "cpu", bin_dir)
     check_types(build, wanted)
@@ -101,15 +135,13 @@ def bench(
     fit = fitting_profiles(files, file)
     for other in (f for f in files if f not in fit):
         raise UsageError(f"profile {other.path} is for another model than {file.name}", "name its model")
-    places = tuple(int(depth) for depth in n.several("--depths", depths, n.DEPTH))
-    o.warn(beyond_training(file, max(places) + prompt + gen), moved_on(build))
     anchors = check_anchors(tuple(o.split(anchor) or ()) or None, build)
     sizes = tuple(n.tokens_or_auto("--recent", recent or n.AUTO))
     begin = o.one_window("--first", first or n.AUTO)
     check_window(sizes, begin, build)
     plan = BenchPlan(
         pairs=wanted,
-        depths=places,
+        depths=tuple(int(depth) for depth in n.several("--depths", depths, n.DEPTH)),
         prompt=prompt,
         gen=gen,
         reps=reps,
@@ -121,19 +153,37 @@ def bench(
         recent=sizes,
         first=begin,
         profiles=tuple(windowed_profiles(sizes, begin, fit)),
+        parallel=sequences,
+        draft=drafts,
     )
+    o.warn(beyond_training(file, plan.longest()), moved_on(build))
     provenance = collect(build)
     store = Store(results or results_dir(), provenance.machine.id)
-    records = run_bench(
-        plan,
-        file,
-        build,
-        provenance,
-        store.dir / "bench",
-        lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    work = Benchmark(plan, file, build, provenance, store.dir / "bench", fresh=fresh)
+    schedule = work.schedule()
+    _say(f"plan: {schedule}")
+    records = work.run(schedule, _say)
     if not _show(records, store.all(), as_json, plot):
         raise typer.Exit(3)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _sizes(
+    parallel: str | None, draft: str | None, prompt: int, gen: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of --parallel and --draft, and whether there is something to measure with them."""
+    sequences = n.several("--parallel", parallel, n.SEQUENCES) if parallel is not None else []
+    drafts = n.several("--draft", draft, n.DRAFT) if draft is not None else []
+    if sequences and not (prompt and gen):
+        raise UsageError(
+            "--parallel measures prompts and new tokens in one run", "give --prompt and --gen above 0"
+        )
+    if not drafts and prompt + gen == 0:
+        raise UsageError("there is nothing to measure", "give --prompt or --gen above 0")
+    return tuple(map(int, sequences)), tuple(map(int, drafts))
 
 
 def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool, plot: Path | None) -> bool:
@@ -141,13 +191,15 @@ def _show(records: Sequence[BenchRecord], known: Sequence[Record], as_json: bool
     if as_json:
         print(json.dumps(_rows(records, known), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        Console().print(speed_table(records, known))
+        for workload in WORKLOADS:
+            if own := [r for r in records if r.workload == workload]:
+                Console().print(speed_table(own, known))
     if plot is not None:
         save(speed_figure(records), plot)
     failed = [r for r in records if r.status != "ok"]
     for record in failed:
         print(
-            f"turbo-eval: {record.k}/{record.v} at depth {record.depth} is {record.status}: {record.detail}",
+            f"turbo-eval: {record.k}/{record.v} {_at(record)} is {record.status}: {record.detail}",
             file=sys.stderr,
         )
     return not failed
@@ -165,23 +217,28 @@ def _rows(records: Sequence[BenchRecord], known: Sequence[Record]) -> list[dict[
     return rows
 
 
-def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Table:
-    """Medians and ratios to f16 in the same rounds, with the quality on record beside them."""
-
-    columns = ("depth", "K/V", "prefill t/s", "× f16", "decode t/s", "× f16", "quality")
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for record in records:
-        row = record.row()
-        found = quality(record, known)
-        if record.status != "ok":
-            table.add_row(str(record.depth), pair_label(record, records), record.status, style="red")
-            continue
-        words = quality_words(found) if found else f"[yellow]{UNVERIFIED}[/yellow]"
-        cells = [_number(row[n], p) for n, p in (("prefill_median", 1), ("prefill_ratio", 3))]
-        cells += [_number(row[n], p) for n, p in (("decode_median", 2), ("decode_ratio", 3))]
-        table.add_row(str(record.depth), pair_label(record, records), *cells, words)
-    return table
+def _at(record: BenchRecord) -> str:
+    """ "at depth 4096", "with 8 sequences", "with a draft of 8 at depth 4096"."""
+    if record.workload == "parallel":
+        return f"with {record.size} sequence{'s' if record.size > 1 else ''}"
+    return (
+        f"with a draft of {record.size} " if record.workload == "draft" else ""
+    ) + f"at depth {record.depth}"
 
 
-def _number(value: object, places: int) -> str:
-    return f"{value:.{places}f}" if isinstance(value, float) else "–"
+def speed_table(records: Sequence[BenchRecord], known: Sequence[Record]) -> Group:
+    """Medians and ratios to f16 in the same rounds, with the quality on record, once where it is the same for
+    all. All records are of one workload."""
+    rows = [lines.line(record, records, known) for record in records]
+    qualities = {row[-1] for row, r in zip(rows, records, strict=True) if r.status == "ok"}
+    said = next(iter(qualities)) if len(qualities) == 1 else ""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in lines.COLUMNS[records[0].workload]:
+        wraps = column in ("K/V", "quality")
+        table.add_column(column, no_wrap=not wraps, min_width=13 if wraps else None)
+    for record, row in zip(records, rows, strict=True):
+        words = "" if row[-1] == said else row[-1]
+        table.add_row(*row[:-1], words, style="red" if record.status != "ok" else None)
+    if all(row[-1] == said for row in rows):
+        table.columns.pop()
+    return Group(table, *([f"  quality: [yellow]{said}[/yellow]"] if said else []))

@@ -98,7 +98,7 @@ def check_types(build: Build, pairs: tuple[tuple[str, str], ...]) -> None:
 
 
 # Plain, complete, machine-readable output: level 4 is where the KV cache describes itself.
-_LOGGING = ("--verbosity", "4", "--log-colors", "off", "--no-log-prefix", "--no-log-timestamps")
+LOGGING = ("--verbosity", "4", "--log-colors", "off", "--no-log-prefix", "--no-log-timestamps")
 
 
 def perplexity_argv(
@@ -133,7 +133,7 @@ def perplexity_argv(
         argv += ["--kl-divergence-base", str(logits_out)]
     if logits_base is not None:
         argv += ["--kl-divergence", "--kl-divergence-base", str(logits_base)]
-    return [*argv, *_LOGGING]
+    return [*argv, *LOGGING]
 
 
 def kv_eval_argv(
@@ -163,7 +163,7 @@ def kv_eval_argv(
     argv += ["--first-chunk", str(first_chunk), "--one-token", str(one_token), "--reference", reference]
     for pair in pairs:
         argv += ["--pair", pair]
-    return [*argv, "--out", str(out), *_LOGGING]
+    return [*argv, "--out", str(out), *LOGGING]
 
 
 def kv_eval_pair(k: str, v: str, anchor: str, window: Window) -> str:

@@ -87,6 +87,8 @@ COUNT_OR_NONE = Kind("a whole number from 0 to 1000000", low=0, high=10**6, whol
 CONTEXT = Kind("a whole number of tokens from 16 to 100000000", low=16, high=10**8, whole=True)
 TOKENS = Kind("a whole number of tokens from 1 to 100000000", low=1, high=10**8, whole=True)
 DEPTH = Kind("a whole number of tokens from 0 to 100000000", low=0, high=10**8, whole=True)
+SEQUENCES = Kind("a whole number of sequences from 1 to 256", low=1, high=256, whole=True)
+DRAFT = Kind("a whole number of tokens from 1 to 512", low=1, high=512, whole=True)
 THREADS = Kind("a whole number of threads from 1 to 4096", low=1, high=4096, whole=True)
 SECONDS = Kind("seconds, more than 0", above=0, high=1e9)
 GIB = Kind("GiB, more than 0", above=0, high=1e9)

@@ -53,8 +53,8 @@ class Difference:
 
     @property
     def ctx(self) -> str:
-        """Context in tokens; for speed the depth."""
-        return ("d" if self.is_speed else "") + facts(self.of_a)["ctx"]
+        """Context in tokens; for speed the depth, the sequences at once, or the tokens of a draft."""
+        return self.of_a.load if isinstance(self.of_a, BenchRecord) else facts(self.of_a)["ctx"]
 
     @property
     def is_speed(self) -> bool:

@@ -28,13 +28,15 @@ _BY_PREFIX = frozenset({"tree", "pin", "machine", "profile"})
 def facts(entry: Entry) -> dict[str, str]:
     """What identifies a record of quality or of speed, under common names.
 
-    Speed: `ctx` is the depth, `chunks` prompt + generated tokens, the metric "speed".
+    Speed: `ctx` is the depth, `chunks` prompt + generated tokens, the metric "speed", or that of several
+    sequences or of drafts, with their number in `options`.
     """
     if isinstance(entry, BenchRecord):
         return {
-            "metric": "speed",
+            "metric": "speed" if entry.workload == "depth" else f"{entry.workload} speed",
             "model": entry.model_sha256,
             "model name": entry.model,
+            **({"options": str(entry.size)} if entry.workload != "depth" else {}),
             "ctx": str(entry.depth),
             "chunks": f"{entry.prompt}+{entry.gen}",
             "k": entry.k,

@@ -1,0 +1,1 @@
+"""Speed records as tables and as figures."""
