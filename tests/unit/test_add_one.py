@@ -201,12 +201,12 @@ def test_a_backend_is_a_file_and_a_registry_line(copy: Copy) -> None:
     copy.write("turbo_eval/llama/backends/own.py", BACKEND)
     copy.edit(
         "turbo_eval/llama/backends/__init__.py",
-        ("import Metal\n", "import Metal\nfrom turbo_eval.llama.backends.own import Own\n"),
-        ("        Cuda(),\n", "        Cuda(),\n        Own(),\n"),
+        ("import Vulkan\n", "import Vulkan\nfrom turbo_eval.llama.backends.own import Own\n"),
+        ("        Vulkan(),\n", "        Vulkan(),\n        Own(),\n"),
     )
     assert len(copy.changed) <= 3
     unknown = copy.run("build", "nothing")
-    assert "choose one of cpu, metal, cuda, own" in unknown.stderr
+    assert "choose one of cpu, metal, cuda, vulkan, own" in unknown.stderr
     options = (
         "from turbo_eval.llama.backends import cmake_options as o; print(o('own'), o('cpu')['GGML_OWN'])"
     )

@@ -42,7 +42,7 @@ def call(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["models", "get", "smollm"], 2, "there is no model smollm; perhaps you meant 'smollm2-135m'"),
         (["models", "path", "/nowhere.gguf"], 2, "there is no model file /nowhere.gguf"),
         (["corpora", "get", "/nowhere.txt"], 2, "there is no text file /nowhere.txt"),
-        (["build", "vulkan"], 2, "there is no backend vulkan; choose one of cpu, metal, cuda"),
+        (["build", "opencl"], 2, "there is no backend opencl; choose one of cpu, metal, cuda, vulkan"),
     ],
 )
 def test_bad_input_is_one_sentence(args: list[str], code: int, sentence: str) -> None:

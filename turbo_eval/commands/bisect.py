@@ -56,7 +56,7 @@ def bisect(
     ctx: Annotated[int, typer.Option(help="Context in tokens.")] = 512,
     chunks: Annotated[int, typer.Option(help="Chunks of that many tokens to score.")] = 2,
     decode: Annotated[bool, typer.Option("--decode", help="Judge the one-token decode path.")] = False,
-    backend: Annotated[str, typer.Option(help="cpu, metal or cuda.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="cpu, metal, cuda or vulkan.")] = "cpu",
     anchor: Annotated[str | None, typer.Option(help="K anchor: auto, on, off or a file.")] = None,
     threads: o.Threads = None,
     timeout: o.Timeout = None,

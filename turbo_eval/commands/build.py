@@ -15,7 +15,7 @@ from turbo_eval.llama.provenance import machine
 def register(app: typer.Typer) -> None:
     @app.command("build", rich_help_panel="Prepare")
     def compile_(
-        backend: str = typer.Argument("cpu", help="cpu, metal or cuda."),
+        backend: str = typer.Argument("cpu", help="cpu, metal, cuda or vulkan."),
         jobs: int | None = typer.Option(
             None, "--jobs", "-j", help="Compilers at a time; all cores if not given."
         ),

@@ -95,7 +95,7 @@ First = Annotated[
         metavar="auto|N", help="Exact window: keep the first N tokens too (auto: 4).", show_default=False
     ),
 ]
-Backend = Annotated[str | None, typer.Option(help="cpu, metal or cuda.", show_default=False)]
+Backend = Annotated[str | None, typer.Option(help="cpu, metal, cuda or vulkan.", show_default=False)]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -70,7 +70,7 @@ def _needed(profile: Path) -> set[str]:
 
 
 def selftest(
-    backend: Annotated[str, typer.Option(help="cpu, metal or cuda.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="cpu, metal, cuda or vulkan.")] = "cpu",
     device: Annotated[
         str, typer.Option(help="A ggml device by name, e.g. CUDA1, if not the backend's first.")
     ] = "",

@@ -95,7 +95,12 @@ def _os() -> str:
 
 
 def _gpu() -> str:
-    return ", ".join(card.name for backend in BACKENDS.values() for card in backend.cards())
+    """Names of the cards; one that several backends know is named by the first of them."""
+    named: list[str] = []
+    for backend in BACKENDS.values():
+        known = set(named)
+        named += [card.name for card in backend.cards() if card.name not in known]
+    return ", ".join(named)
 
 
 def _ask(*command: str) -> str:

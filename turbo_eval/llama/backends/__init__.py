@@ -7,6 +7,7 @@ from turbo_eval.llama.backends.base import Backend
 from turbo_eval.llama.backends.cpu import Cpu
 from turbo_eval.llama.backends.cuda import Cuda
 from turbo_eval.llama.backends.metal import Metal
+from turbo_eval.llama.backends.vulkan import Vulkan
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -14,6 +15,7 @@ BACKENDS: dict[str, Backend] = {
         Cpu(),
         Metal(),
         Cuda(),
+        Vulkan(),
     )
 }
 

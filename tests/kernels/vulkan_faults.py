@@ -1,0 +1,183 @@
+"""Faults planted in the Vulkan shaders, each of which test-backend-ops has to catch on llvmpipe.
+
+`python -m tests.kernels.vulkan_faults` prints a line a fault and exits 1 when one is missed. Only the
+shaders that a fault touches are compiled anew, and libggml-vulkan is linked again in a folder of its own: the
+build stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.kernels import vulkan_ops
+from turbo_eval.llama.build import find_build
+from turbo_eval.util import paths
+
+_SHADERS = "ggml/src/ggml-vulkan/vulkan-shaders"
+_ATTENTION = "flash_attn.comp"
+_REDUCE = "flash_attn_split_k_reduce.comp"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of a shader.
+
+    Attributes:
+        name: what is wrong with it.
+        file: where it is planted.
+        old, new: the text that is replaced, found exactly once.
+        compiled: the .comp files to compile again.
+        op, params: the cases of test-backend-ops that see it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    compiled: tuple[str, ...]
+    op: str
+    params: str
+
+
+_PAIR = r"hsk=64,hsv=64,.*type_K=turbo3,type_V=turbo3"
+FAULTS = (
+    Fault(
+        "wrong plane: turbo3's signs are those of the next values",
+        "turbo.glsl",
+        "(4*(k/2) + 2*((i%8)/4) + k%2)) & 1",
+        "(4*(k/2) + 2*((i%8)/4) + (k + 1)%2)) & 1",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _PAIR,
+    ),
+    Fault(
+        "wrong plane in the encoder: turbo3's signs are packed in another order",
+        "copy_to_turbo.comp",
+        "(8*j + 4*(k/2) + 2*h + k%2)",
+        "(8*j + 4*(k/2) + h + 2*(k%2))",
+        ("copy_to_turbo.comp",),
+        "SET_ROWS",
+        "turbo3",
+    ),
+    Fault(
+        "wrong scale: both groups of a block take the first one",
+        "turbo.glsl",
+        "(dd >> (8*(i/32))) & 0xFF",
+        "dd & 0xFF",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _PAIR,
+    ),
+    Fault(
+        "off-by-one tail: the last key is left out",
+        "flash_attn_base.glsl",
+        "return !KV_bounds_check || lin < KV;",
+        "return !KV_bounds_check || lin + 1 < KV;",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _PAIR,
+    ),
+    Fault(
+        "sink ignored where KV is split",
+        _REDUCE,
+        "L = L*ms + vs;",
+        "",
+        (_REDUCE,),
+        "FLASH_ATTN_EXT",
+        r"sinks=1.*turbo|win=.*sinks=1",
+    ),
+    Fault(
+        "stream offset: every sequence reads the keys of the first",
+        _ATTENTION,
+        "uint32_t k_offset = (ik2*p.nb12 + ik3*p.nb13) / FaBlockBytesK;",
+        "uint32_t k_offset = ik2*p.nb12 / FaBlockBytesK;",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        r"turbo[34]",
+    ),
+    Fault(
+        "split-K merge without the maximum",
+        _REDUCE,
+        "O += exp(m - m_max) * data_a[o_offset];",
+        "O += data_a[o_offset];",
+        (_REDUCE,),
+        "FLASH_ATTN_EXT",
+        _PAIR,
+    ),
+    Fault(
+        "the exact window's part overwrites the cache's",
+        "flash_attn_base.glsl",
+        "split_k_index += p.k_num >> 20;",
+        "",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        r"win=.*type_K=turbo3,type_V=turbo3|type_K=turbo3,type_V=turbo3.*win=",
+    ),
+)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Put a libggml-vulkan with the fault into `folder`."""
+    build = paths.build_dir("vulkan")
+    shaders = folder / "vulkan-shaders"
+    shutil.copytree(paths.worktree_dir() / _SHADERS, shaders)
+    text = (shaders / fault.file).read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times"
+    (shaders / fault.file).write_text(text.replace(fault.old, fault.new))
+
+    commands = _run(["ninja", "-C", str(build), "-t", "commands", "ggml-vulkan"], build).splitlines()
+    link = next(line for line in reversed(commands) if "-shared" in line and "libggml-vulkan.so" in line)
+    for comp in fault.compiled:
+        source, made = folder / f"{comp}.cpp", folder / f"{comp}.o"
+        generate = next(line for line in commands if f"vulkan-shaders/{comp} " in line and "--source" in line)
+        generate = re.sub(r"--source\s+\S+", f"--source {shaders / comp}", generate)
+        generate = re.sub(r"--output-dir\s+\S+", f"--output-dir {folder / 'spv'}", generate)
+        generate = re.sub(r"--target-cpp\s+\S+", f"--target-cpp {source}", generate)
+        _run(["sh", "-c", generate], build)
+        compiled = next(line for line in commands if f"{comp}.cpp.o -c " in line)
+        old = next(word for word in shlex.split(compiled) if word.endswith(f"{comp}.cpp.o"))
+        compiled = re.sub(r"-MF \S+", f"-MF {made}.d", compiled)
+        compiled = re.sub(r"-c \S+", f"-c {source}", compiled.replace(f"-o {old}", f"-o {made}"))
+        _run(["sh", "-c", compiled], build)
+        link = link.replace(f" {old} ", f" {made} ")
+        assert str(made) in link, link
+    # the library's own name stays, so that it is loaded in place of the build's
+    _run(["sh", "-c", re.sub(r"-o (\S*?)(libggml-vulkan\.so)[.\d]*", rf"-o {folder}/\2.0", link)], build)
+
+
+def _run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{' '.join(command)[:2000]}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def caught(fault: Fault) -> tuple[int, int]:
+    """(failed, cases): with the fault in place."""
+    with tempfile.TemporaryDirectory() as name:
+        plant(fault, Path(name))
+        passed, total, _ = vulkan_ops.run(fault.op, fault.params, library=Path(name))
+    return total - passed, total
+
+
+def main() -> int:
+    find_build("vulkan")
+    missed = 0
+    for fault in FAULTS:
+        passed, total, _ = vulkan_ops.run(fault.op, fault.params)
+        failed, _ = caught(fault)
+        sound = 0 < passed == total and failed > 0
+        missed += not sound
+        word = "caught" if sound else "MISSED"
+        print(f"{word}: {fault.name}: {failed} of {total} fail, {total - passed} without it", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
