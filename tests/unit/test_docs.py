@@ -86,6 +86,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "of the reader's shell",
     "apt-get install git make g++ python3 python3-venv": ".ci/run installs these on a fresh Debian",
     "make docs": "make check builds the documentation",
+    "make build-vulkan": "needs glslc and Vulkan's headers, which CI does not install yet",
     "make build-cuda": "needs the CUDA toolkit; tests/kernels/test_cuda_compile.py compiles its sources",
     "make build-metal": "needs a Mac; .github/workflows/metal.yml runs it",
     "turbo-eval bench --model FILE": "tests/integration/test_bench.py, on files of its own",
