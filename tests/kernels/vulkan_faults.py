@@ -91,7 +91,7 @@ FAULTS = (
         "",
         (_REDUCE,),
         "FLASH_ATTN_EXT",
-        r"sinks=1.*turbo|win=.*sinks=1",
+        r"sinks=1.*turbo",
     ),
     Fault(
         "stream offset: every sequence reads the keys of the first",
@@ -110,15 +110,6 @@ FAULTS = (
         (_REDUCE,),
         "FLASH_ATTN_EXT",
         _PAIR,
-    ),
-    Fault(
-        "the exact window's part overwrites the cache's",
-        "flash_attn_base.glsl",
-        "split_k_index += p.k_num >> 20;",
-        "",
-        (_ATTENTION,),
-        "FLASH_ATTN_EXT",
-        r"win=.*type_K=turbo3,type_V=turbo3|type_K=turbo3,type_V=turbo3.*win=",
     ),
 )
 
