@@ -270,7 +270,7 @@ def test_full_disk(cli: Cli, build: Build) -> None:
         (("--pairs", "f16:tubro3"), 2, ("'tubro3'", "turbo3")),
         (("--pairs", "f16:f16", "--model", "/nowhere/x.gguf"), 2, ("/nowhere/x.gguf",)),
         (("--pairs", "f16:f16", "--corpus", "/nowhere/x.txt"), 2, ("/nowhere/x.txt",)),
-        (("--pairs", "f16:f16", "--backend", "vulkan"), 2, ("backend",)),
+        (("--pairs", "f16:f16", "--backend", "opencl"), 2, ("backend",)),
         (("--pairs", "f16:f16", "--ctx", "many"), 2, ("'many'",)),
         (("--pairs", "f16:f16", "--against", "q8_0:q9_0"), 2, ("'q9_0'", "q8_0")),
         (("--pairs", "f16:f16", "--against", "q8_0:q8_0", "--no-reference"), 2, ("reference",)),

@@ -113,8 +113,8 @@ def test_missing_things_name_their_remedy(toy: Toy, monkeypatch: pytest.MonkeyPa
     with pytest.raises(EnvironmentProblem, match="the cpu build is not there") as caught:
         find_build("cpu")
     assert "make build-cpu" in caught.value.next_step
-    with pytest.raises(UsageError, match="no backend vulkan"):
-        build("vulkan")
+    with pytest.raises(UsageError, match="no backend opencl"):
+        build("opencl")
     made, _ = build("cpu", targets=TARGETS)
     with pytest.raises(EnvironmentProblem, match="has no llama-bench"):
         made.tool("llama-bench")
