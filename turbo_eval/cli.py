@@ -30,7 +30,10 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "show": (None, "Print a record and the command that reproduces it by hand."),
     "recommend": (None, "Name the cheapest K/V pair for a model that is certainly within a bound."),
     "serve": (None, "Run llama-server with a cache that was measured, and say what to expect of it."),
-    "bench": (None, "Measure prefill and decode speed over depth, interleaved with f16 of the same build."),
+    "bench": (
+        None,
+        "Measure speed, interleaved with f16 of the same build: over depth, of sequences, of drafts.",
+    ),
     "report": (None, "Write index.html (self-contained), report.md and figures/ (SVG, PNG)."),
     "selftest": (
         None,

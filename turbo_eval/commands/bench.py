@@ -43,10 +43,10 @@ PAIRS = ",".join(
 
 def register(app: typer.Typer) -> None:
     app.command(
-        help="""Measure speed, interleaved with f16 of the same build: over depth, or, with --parallel and
-        --draft, what servers and speculative decoding pay.
+        help="""Measure speed, interleaved with f16 of the same build: over depth, of sequences, of drafts.
 
-        What is on record with as many rounds is kept. Exit code 0: every pair ran; 3: some did not.
+        With --parallel and --draft it is what servers and speculative decoding pay. What is on record
+        with as many rounds is kept. Exit code 0: every pair ran; 3: some did not.
 
           turbo-eval bench --model qwen2.5-coder-0.5b --pairs turbo3:turbo3,q8_0:turbo3 --depths 0,4096
 
