@@ -50,8 +50,8 @@ def test_malformed_slots_are_refused(build: Build, smollm: ModelFile, folder: Pa
         assert good.status_code == 200, good.text
 
 
-def test_a_string_of_almost_4_gib_is_refused_at_once(build: Build, tmp_path: Path) -> None:
-    """It must not be allocated first: 2 GiB of memory are enough to say no."""
+def test_counts_of_almost_4_gib_are_refused_at_once(build: Build, tmp_path: Path) -> None:
+    """Neither allocated nor read on for: 2 GiB of memory and a moment are enough to say no."""
     reader = Reader(build, tmp_path)
     good = reader.state(0)
     at = 12 + 4 * struct.unpack_from("<I", good, 8)[0]  # magic, version, count of tokens, tokens
@@ -67,6 +67,12 @@ def test_a_string_of_almost_4_gib_is_refused_at_once(build: Build, tmp_path: Pat
     assert tried(good)[0] == 0
     code, said = tried(good[:at] + struct.pack("<I", 0xF0000000) + good[at + 4 :])
     assert code == 1 and "a string of 4026531840 bytes in the state" in said
+
+    # streams, cells, position of the first cell, and how many sequences it is part of
+    streams, cells, position, sequences = struct.unpack_from("<4I", good, at + 9)
+    assert (streams, position, sequences) == (1, 0, 1) and cells > 16
+    code, said = tried(good[: at + 21] + struct.pack("<I", 0xF0000000))
+    assert code == 1 and "the file is cut off" in said
 
 
 def test_mutated_states_and_profiles(build: Build, tmp_path: Path) -> None:
