@@ -9,7 +9,7 @@ from typing import Any
 
 from turbo_eval.analysis.recommend import Bound, Candidate, best, recommend, shape_mib
 from turbo_eval.analysis.summary import Summary, summarize
-from turbo_eval.formats.cache_types import cache_type, stored_dims, usual_pairs
+from turbo_eval.formats.cache_types import undivided, usual_pairs
 from turbo_eval.formats.window import Window, resolve
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
@@ -88,13 +88,7 @@ class Ladder:
         return [
             (k, v)
             for k, v in LADDER
-            if {k, v} <= known
-            and all(
-                dim % cache_type(name).block == 0
-                for dim, name in zip(
-                    stored_dims(info.head_dim_k or 0, info.head_dim_v or 0, k, v), (k, v), strict=True
-                )
-            )
+            if {k, v} <= known and not undivided(info.head_dim_k or 0, info.head_dim_v or 0, k, v)
         ]
 
     def missing(self, rows: Sequence[Summary], ctx: int, bound: Bound) -> list[Pair]:

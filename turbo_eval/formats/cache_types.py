@@ -192,6 +192,14 @@ def stored_dims(dim_k: int, dim_v: int, k: str, v: str) -> tuple[int, int]:
     return dim_k, dim_v
 
 
+def undivided(dim_k: int, dim_v: int, k: str, v: str) -> str:
+    """The sides of a pair, of "KV", whose blocks do not divide the heads as the cache stores them."""
+    stored = stored_dims(dim_k, dim_v, k, v)
+    return "".join(
+        side for side, name, dim in zip("KV", (k, v), stored, strict=True) if dim % cache_type(name).block
+    )
+
+
 def kv_mib(k: str, v: str, *, n_layer: int, n_head_kv: int, dim_k: int, dim_v: int, ctx: int) -> float:
     """KV cache size in MiB of a plain attention model: every layer caches every position.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from turbo_eval.anchor.profile import Cache, fitting_profiles, read_profiles, windowed_profiles
 from turbo_eval.errors import UsageError
-from turbo_eval.formats.cache_types import cache_type, stored_dims
+from turbo_eval.formats.cache_types import cache_type, undivided
 from turbo_eval.formats.window import OFF, resolve
 from turbo_eval.inputs.corpora import CorpusFile, default_name, resolve_corpus
 from turbo_eval.inputs.models import ModelFile, resolve_model
@@ -163,17 +163,14 @@ def check_blocks(model: ModelFile, pair: tuple[str, str]) -> None:
     Raises:
         UsageError: names the type, its block, the model and its head_dim.
     """
-    info = model.gguf
-    stored = stored_dims(info.head_dim_k or 0, info.head_dim_v or 0, *pair)
-    sides = zip("KV", pair, (info.head_dim_k, info.head_dim_v), stored, strict=True)
-    for side, name, dim, kept in sides:
-        block = cache_type(name).block
-        if kept % block:
-            raise UsageError(
-                f"{name} works on blocks of {block} values, which do not divide head_dim {dim}"
-                f" of {side} in {model.name}",
-                "leave the pair out or take another type for it",
-            )
+    dims = model.gguf.head_dim_k or 0, model.gguf.head_dim_v or 0
+    for side in undivided(*dims, *pair):
+        name, dim = pair["KV".index(side)], dims["KV".index(side)]
+        raise UsageError(
+            f"{name} works on blocks of {cache_type(name).block} values, which do not divide head_dim {dim}"
+            f" of {side} in {model.name}",
+            "leave the pair out or take another type for it",
+        )
 
 
 _ANCHOR_MODES = ("auto", "on", "off")
