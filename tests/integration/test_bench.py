@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from turbo_eval.bench.tools import Speeds, read_speeds
 from turbo_eval.errors import UsageError
 from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.gguf_info import read_gguf_info
-from turbo_eval.inputs.synthetic import Shape, parse_shape, synthetic_model
+from turbo_eval.inputs.synthetic import PRESETS, Shape, parse_shape, synthetic_model
 from turbo_eval.llama.build import Build
 from turbo_eval.llama.tool import capabilities
 from turbo_eval.records.speed import BenchRecord
@@ -97,7 +98,11 @@ def test_quality_only_of_the_same_cell() -> None:
 def test_shapes() -> None:
     assert parse_shape("8b") == Shape()
     assert parse_shape("8b,layers=4,weights=f16") == Shape(layers=4, weights="f16")
-    for bad in ("9b", "layers=many", "weights=q2_k", "8b,heads=30", "8b,head_dim=20,heads=1,kv_heads=1"):
+    assert len({parse_shape(name).name() for name in PRESETS}) == len(PRESETS), "each has a file of its own"
+    for bad in ("9b", "layers=many", "weights=q2_k", "arch=gpt2"):
+        with pytest.raises(UsageError):
+            parse_shape(bad)
+    for bad in ("8b,heads=30", "8b,head_dim=20,heads=1,kv_heads=1"):
         with pytest.raises(UsageError):
             parse_shape(bad)
 
@@ -113,6 +118,36 @@ def test_synthetic_model_has_the_shape(tmp_path: Path, monkeypatch: pytest.Monke
     first = path.read_bytes()
     path.unlink()
     assert synthetic_model(shape).read_bytes() == first, "it is seeded"
+
+
+def test_the_anchor_is_on_in_a_synthetic_qwen2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Build
+) -> None:
+    """In every layer, both of its parts, and no layer has a larger type: the cost is the anchor's alone."""
+    if not capabilities(build).kv_anchor:
+        pytest.skip("an unpatched build has no K anchor")
+    monkeypatch.setenv("TURBO_EVAL_CACHE", str(tmp_path))
+    model = synthetic_model(parse_shape("tiny,arch=qwen2"))
+    bench = [
+        build.bin_dir / "llama-bench",
+        "-m",
+        model,
+        "-p",
+        "8",
+        "-n",
+        "0",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "-fa",
+        "1",
+    ]
+    done = subprocess.run(
+        [*bench, "-ctk", "turbo3", "-ctv", "turbo3", "-v"], capture_output=True, text=True, check=True
+    )
+    said = "on (anchor: 2/2 layers, balance: 2/2 layers from weights, K types: turbo3 x2,"
+    assert said in done.stdout + done.stderr
 
 
 def test_bench_on_the_real_llama_bench(tmp_path: Path, build: Build) -> None:

@@ -26,7 +26,7 @@ from turbo_eval.commands import options as o
 from turbo_eval.errors import UsageError
 from turbo_eval.formats.cache_types import CACHE_TYPES, parse_pair
 from turbo_eval.inputs.models import resolve_model
-from turbo_eval.inputs.synthetic import parse_shape, synthetic_model
+from turbo_eval.inputs.synthetic import PRESETS, parse_shape, synthetic_model
 from turbo_eval.llama.provenance import collect
 from turbo_eval.llama.tool import capabilities, check_types, check_window
 from turbo_eval.records.record import Record
@@ -100,7 +100,7 @@ Reps = Annotated[
 def bench(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model by name or path.")] = None,
     synthetic: Annotated[
-        str | None, typer.Option(help="Random weights of a shape: 8b, 1b, tiny or layers=…,heads=…")
+        str | None, typer.Option(help=f"Random weights of a shape: {', '.join(PRESETS)} or layers=…,heads=…")
     ] = None,
     pairs: Annotated[str, typer.Option("--pairs", "-p", help="K:V,K:V,…")] = PAIRS,
     profile: o.Profiles = None,

@@ -17,7 +17,12 @@ from turbo_eval.util.paths import cache_dir
 
 @dataclass(frozen=True)
 class Shape:
-    """A llama-architecture model; counts per model, dims in values. `weights`: q4_0, q8_0 or f16."""
+    """A model; counts per model, dims in values.
+
+    Attributes:
+        weights: q4_0, q8_0 or f16.
+        arch: llama, or qwen2: Q, K and V have biases, K's so large that the K anchor is on.
+    """
 
     layers: int = 32
     heads: int = 32
@@ -27,6 +32,7 @@ class Shape:
     vocab: int = 32000
     ctx: int = 131072
     weights: str = "q4_0"
+    arch: str = "llama"
 
     @property
     def embd(self) -> int:
@@ -35,12 +41,16 @@ class Shape:
     def name(self) -> str:
         return (
             f"synthetic-l{self.layers}-h{self.heads}x{self.kv_heads}x{self.head_dim}"
-            f"-ff{self.ff}-v{self.vocab}-{self.weights}"
+            f"-ff{self.ff}-v{self.vocab}-{self.weights}" + (f"-{self.arch}" if self.arch != "llama" else "")
         )
 
 
 PRESETS = {
     "8b": Shape(),
+    "8b-mha": Shape(kv_heads=32),
+    "8b-head64": Shape(heads=64, head_dim=64),
+    "8b-head256": Shape(heads=16, head_dim=256),
+    "qwen2-7b": Shape(layers=28, heads=28, kv_heads=4, ff=18944, arch="qwen2"),
     "1b": Shape(layers=16, heads=32, head_dim=64, ff=8192),
     "tiny": Shape(layers=2, heads=4, kv_heads=2, head_dim=64, ff=512, vocab=512, ctx=8192),
 }
@@ -65,12 +75,14 @@ def parse_shape(text: str) -> Shape:
                 "write it like 8b,layers=4",
             )
         try:
-            changes: dict[str, Any] = {key: value if key == "weights" else int(value)}
+            changes: dict[str, Any] = {key: value if key in ("weights", "arch") else int(value)}
             shape = replace(shape, **changes)
         except ValueError:
             raise UsageError(f"--synthetic {part!r}: {value!r} is no number") from None
     if shape.weights not in ("q4_0", "q8_0", "f16"):
         raise UsageError(f"--synthetic weights={shape.weights} is not q4_0, q8_0 or f16")
+    if shape.arch not in ("llama", "qwen2"):
+        raise UsageError(f"--synthetic arch={shape.arch} is not llama or qwen2")
     if shape.embd % 32 or shape.ff % 32 or shape.heads % shape.kv_heads:
         raise UsageError(
             "--synthetic: heads × head_dim and ff must be multiples of 32, heads one of kv_heads"
@@ -99,7 +111,7 @@ def synthetic_model(shape: Shape) -> Path:
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """(name, shape as numpy has it, whether it is a matrix of weights)."""
+    """(name, shape as numpy has it, whether it is a matrix of weights); norms and biases have one dim."""
     kv = shape.kv_heads * shape.head_dim
     yield "token_embd.weight", (shape.vocab, shape.embd), True
     yield "output_norm.weight", (shape.embd,), False
@@ -117,10 +129,13 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], bool]]:
             ("ffn_down", (shape.embd, shape.ff), True),
         ):
             yield f"blk.{layer}.{name}.weight", dims, matrix
+        if shape.arch == "qwen2":
+            for name, size in (("attn_q", shape.embd), ("attn_k", kv), ("attn_v", kv)):
+                yield f"blk.{layer}.{name}.bias", (size,), False
 
 
 def _write(shape: Shape, path: Path) -> None:
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, shape.arch)
     writer.add_name(shape.name())
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.ctx)
@@ -154,12 +169,19 @@ def _write(shape: Shape, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, dims, matrix in layout:
-        writer.write_tensor_data(_random(rng, dims, shape.weights if matrix else ""))
+    for name, dims, matrix in layout:
+        if name.endswith(".bias"):
+            size = _BIAS if ".attn_k." in name else 0
+            writer.write_tensor_data(rng.choice(np.array([-size, size], np.float32), dims))
+        else:
+            writer.write_tensor_data(_random(rng, dims, shape.weights if matrix else ""))
     writer.close()
 
 
 _BLOCK_BYTES = {"q4_0": 18, "q8_0": 34}
+# Size of K's bias. The standard deviation of the rest of K is 1: the anchor takes off what turns slowly, and
+# balances the rest. It is the same in all layers, so that none of them is given q8_0.
+_BIAS = 4
 # Standard deviation of the stored integers: uniform on −8…7 and on −128…127.
 _SPREAD = {"q4_0": 4.6, "q8_0": 73.9}
 
