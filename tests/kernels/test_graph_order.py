@@ -22,7 +22,21 @@ def test_upstream_order_on_the_cpu(build: Build, tmp_path: Path, monkeypatch: py
         pytest.skip("an unpatched build has no K anchor")
     monkeypatch.setenv("TURBO_EVAL_CACHE", str(tmp_path))
     model = synthetic_model(parse_shape("tiny,arch=qwen2"))
-    bench = [build.tool("llama-bench"), "-m", model, "-p", "0", "-n", "1", "-r", "1", "-t", "1", "-fa", "1"]
+    bench: list[str | Path] = [
+        build.tool("llama-bench"),
+        "-m",
+        model,
+        "-p",
+        "0",
+        "-n",
+        "1",
+        "-r",
+        "1",
+        "-t",
+        "1",
+        "-fa",
+        "1",
+    ]
     done = subprocess.run(
         [*bench, "-ctk", "turbo3", "-ctv", "turbo3", "-v"],
         capture_output=True,
