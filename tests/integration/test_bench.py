@@ -128,7 +128,7 @@ def test_the_anchor_is_on_in_a_synthetic_qwen2(
         pytest.skip("an unpatched build has no K anchor")
     monkeypatch.setenv("TURBO_EVAL_CACHE", str(tmp_path))
     model = synthetic_model(parse_shape("tiny,arch=qwen2"))
-    bench = [
+    bench: list[str | Path] = [
         build.bin_dir / "llama-bench",
         "-m",
         model,
