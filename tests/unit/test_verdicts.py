@@ -78,6 +78,8 @@ def test_recommend_looks_over_all_settings(place: World) -> None:
     assert "±" in first
     run = next(line for line in out.splitlines() if line.startswith("run  "))
     assert f"llama-server -m {place.model} -c 8192 -fa on -ctk q8_0 -ctv turbo3" in run
+    by_layer = next(line for line in out.splitlines() if line.startswith("by layer"))
+    assert f"turbo-eval tune {place.model} --max-delta-ppl 3%" in by_layer
 
 
 def test_recommend_heeds_the_text_that_was_asked_for(place: World) -> None:

@@ -244,6 +244,11 @@ def serve_line(candidate: Candidate, name: str, bound: Bound, ctx: int) -> str:
     return shlex.join(["turbo-eval", "serve", name, *what, "--ctx", str(ctx)])
 
 
+def tune_line(name: str, bound: Bound) -> list[str]:
+    """The command that finds types by layer for the bound; of two bounds, for the KL divergence."""
+    return ["turbo-eval", "tune", name, *said_of_bound(bound)[:2]]
+
+
 def _print(
     ranked: Sequence[Candidate], file: ModelFile, build: Build, ctx: int, name: str, bound: Bound
 ) -> None:
@@ -266,10 +271,16 @@ def _print(
     if good:
         print(f"{'run':12} {run_line(good[0], file, build, ctx)}")
         print(f"{'or':12} {serve_line(good[0], name, bound, ctx)}")
+        if good[0].row.profile is None:
+            print(f"{'by layer':12} {shlex.join(tune_line(name, bound))}")
     elif _exit_code(ranked) == 3:
         print("turbo-eval: no pair is certainly within the bound: measure more chunks", file=sys.stderr)
     else:
-        print("turbo-eval: no pair on record is within the bound", file=sys.stderr)
+        line = shlex.join(tune_line(name, bound))
+        print(
+            f"turbo-eval: no pair on record is within the bound; `{line}` measures types by layer",
+            file=sys.stderr,
+        )
 
 
 def _as_json(
