@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,14 @@ from turbo_eval.anchor.calibrate import TOOL
 from turbo_eval.commands import options as o
 from turbo_eval.errors import RegressionError, UsageError
 from turbo_eval.inputs.corpora import default_name, resolve_corpus
+from turbo_eval.inputs.kv_profile import model_shape
 from turbo_eval.inputs.models import ModelFile, resolve_model
 from turbo_eval.llama.build import Build
 from turbo_eval.serving.line import Cache, server_argv
 from turbo_eval.tune import run
 from turbo_eval.tune.measure import TOOL as MEASURE
 from turbo_eval.tune.measure import Extent
-from turbo_eval.tune.prepare import BETWEEN, JUDGED, Plan, alone
+from turbo_eval.tune.prepare import BETWEEN, RIVALS, Plan, alone
 from turbo_eval.util import numbers as n
 
 
@@ -60,7 +62,13 @@ def tune(
         float | None, _above_zero("--max-kld", "Instead: fewest bits with this KL divergence, nats")
     ] = None,
     max_delta_ppl: Annotated[
-        float | None, _above_zero("--max-delta-ppl", "Instead: fewest bits with this ΔPPL, percent")
+        float | None,
+        typer.Option(
+            parser=n.percent("--max-delta-ppl", n.MARGIN),
+            metavar="PERCENT",
+            help="Instead: fewest bits with this ΔPPL.",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         float | None, _above_zero("--memory", "Instead: bits that fit --ctx tokens into so many GiB")
@@ -104,14 +112,14 @@ def tune(
     elif not given:
         bits = 3.25
     goal = run.Goal(bits, max_kld, max_delta_ppl)
-    _announce(plan, found, target)
+    _announce(replace(plan, tried=goal.tried), found, target)
     done = run.tune(found, text, build, target, plan, goal, _Said())
     _show(done, found, build, ctx)
     if plot is not None:
         save(tuning_figure(done), plot)
 
 
-_FLOPS = 8e10  # a second and thread, of a CPU with AVX-512; after the calibration the time left is measured
+_FLOPS = 1.8e11  # a second and thread, of a CPU with AVX-512; after the calibration the time left is measured
 _LONGEST = 4096  # tokens of a chunk: the divergence hardly grows beyond
 
 
@@ -140,21 +148,20 @@ class _Said:
     def __init__(self) -> None:
         self._begin = time.monotonic()
 
-    def __call__(self, share: float, what: str) -> None:
-        gone = time.monotonic() - self._begin
-        left = f", about {gone * (1 - share) / share / 60:.0f} min left" if share > 0.02 else ""
-        print(f"{gone / 60:5.1f} min  {100 * share:3.0f} %  {what}{left}", file=sys.stderr, flush=True)
+    def __call__(self, share: float, what: str, left: float | None) -> None:
+        gone = (time.monotonic() - self._begin) / 60
+        tail = f", about {left / 60:.0f} min left" if left is not None else ""
+        print(f"{gone:5.1f} min  {100 * share:3.0f} %  {what}{tail}", file=sys.stderr, flush=True)
 
 
 def _announce(plan: Plan, model: ModelFile, target: Path) -> None:
-    """What will run, and about how long."""
-    tokens = plan.tokens(model.gguf.n_layer)
-    parameters = model.size * 8 / 5  # about five bits a weight
-    seconds = 2 * tokens * parameters / ((plan.threads or os.cpu_count() or 1) * _FLOPS)
+    """What will run, and on a CPU about how long; after the calibration the time is measured."""
+    layers, tokens = model.gguf.n_layer, plan.tokens(model.gguf.n_layer)
+    seconds = 2 * tokens * model_shape(model.path).n_params / ((plan.threads or os.cpu_count() or 1) * _FLOPS)
     minutes = min(seconds, plan.budget or seconds) / 60
     print(
-        f"{alone(model.gguf.n_layer)} caches on the text that finds the types, {BETWEEN} to choose from,"
-        f" {JUDGED} on other text: {tokens} tokens, roughly {minutes:.0f} min;"
+        f"{alone(layers)} caches on the text that finds the types, {BETWEEN} to choose from,"
+        f" {plan.tried + RIVALS} on other text: {tokens} tokens, roughly {minutes:.0f} min;"
         f" what was measured is kept in {target.with_suffix('.tune')}",
         file=sys.stderr,
     )

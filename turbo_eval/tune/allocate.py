@@ -117,6 +117,12 @@ class Front:
             best = after
         self._best = best
 
+    @property
+    def fewest(self) -> float:
+        """Bits a value that it takes at least."""
+        n_k, n_v = (sum(side.values for side in sides) for sides in (self._k, self._v))
+        return (n_k * cache_type(self._least).bpv + n_v * cache_type(LADDER[0]).bpv) / (n_k + n_v)
+
     def at(self, bits: float) -> Allocation:
         """At no more than `bits` a value.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Extent:
         return f"{self.chunks} x {self.ctx}"
 
 
+def evaluated(caches: int, extent: Extent, at_once: int) -> int:
+    """Tokens that all contexts together evaluate, the exact one of each process among them."""
+    return extent.tokens * (caches + math.ceil(caches / at_once))
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Mean KL divergence from f16/f16 in nats and change of perplexity in percent, with standard errors.
@@ -71,11 +77,13 @@ class Text:
     threads: int | None
     at_once: int = 12
 
-    def measure(self, caches: Sequence[Cache], on_cache: Callable[[int], None]) -> list[Divergence]:
+    def measure(
+        self, caches: Sequence[Cache], on_cache: Callable[[int, float | None], None]
+    ) -> list[Divergence]:
         """The divergence of each.
 
         Args:
-            on_cache: hears how many became known.
+            on_cache: hears how many became known, and the seconds they took; None: they were known before.
 
         Raises:
             EnvironmentProblem: llama-kv-eval failed, refused a cache, or a figure isn't finite.
@@ -83,17 +91,19 @@ class Text:
         keys = [_key(cache) for cache in caches]
         known = self._known()
         wanted = {k: c for k, c in zip(keys, caches, strict=True) if k not in known}
-        on_cache(len(keys) - len(wanted))
+        if len(wanted) < len(keys):
+            on_cache(len(keys) - len(wanted), None)
         todo = list(wanted.items())
         size = max(1, min(self.at_once, math.ceil(len(todo) / max(1, math.ceil(len(todo) / self.at_once)))))
         for start in range(0, len(todo), size):
             part = dict(todo[start : start + size])
+            begin = time.monotonic()
             known |= self._run(part)
             with writing(self._file):
                 scratch = self._file.with_suffix(".part")
                 scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
                 scratch.replace(self._file)
-            on_cache(len(part))
+            on_cache(len(part), time.monotonic() - begin)
         return [Divergence(*known[key]) for key in keys]
 
     @property

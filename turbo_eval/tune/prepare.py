@@ -21,26 +21,30 @@ from turbo_eval.inputs.corpora import CorpusFile
 from turbo_eval.inputs.kv_profile import ModelShape, Profile, model_shape, read_statistics
 from turbo_eval.inputs.models import ModelFile
 from turbo_eval.llama.build import Build
-from turbo_eval.tune.measure import Extent, Text
+from turbo_eval.tune.measure import Extent, Text, evaluated
 from turbo_eval.util.files import writing
 from turbo_eval.util.process import child_environment, run
 
 APART = 4  # caches beside each layer's K and V: exact, and three of all layers
-JUDGED, BETWEEN = 5, 5  # caches that are judged, and that are chosen from
-# Parts of the context to find the types on, from the most to the least: what lies behind the window costs
-# more in a long context, so a shorter one is a last resort.
-_FINDING = (1, 2, 4)
+BETWEEN, RIVALS = 5, 4  # caches that are chosen from, and that the profile is compared with
+AT_ONCE = 16  # caches in one process, where memory has room for them
+# How the types are found, from the most work to the least: the part of the context, and how many neighbours'
+# V is measured together. What lies behind the window costs more in a long context, so a shorter one is a last
+# resort; two neighbours' V instead of one cost a few percent.
+_FINDING = ((1, 1), (1, 2), (3 / 4, 2), (1 / 2, 2), (3 / 8, 2), (1 / 4, 2))
 _CALIBRATION = Extent(512, 8)
+_HARDER = 1.35  # what a token of a cache among others takes, over one of the calibration (0.5B, 2048 tokens)
+_RESERVE = 0.95  # of a budget; the rest is for starts, sums and files
 
 
-OnStep = Callable[[float, str], None]  # share of the work that is done, what comes next
+OnStep = Callable[[float, str, float | None], None]  # share that is done, what comes next, seconds left
 
 
 @dataclass(frozen=True)
 class Plan:
     """`judging`: on how much text profiles are compared; `budget`: seconds for all, None: no limit.
 
-    `recent` and `first` are the exact window's tokens.
+    `recent` and `first` are the exact window's tokens. `tried`: how many profiles are judged.
     """
 
     judging: Extent
@@ -48,24 +52,47 @@ class Plan:
     recent: int = 128
     first: int = 4
     threads: int | None = None
+    tried: int = 1
 
     def tokens(self, layers: int) -> int:
         """That all contexts together evaluate, if the budget allows all."""
-        return _CALIBRATION.tokens + work(layers, replace(self.judging, chunks=1), self.judging)
+        return _CALIBRATION.tokens + self.work(layers, self._fits()[0])
 
-    def fitted(self, layers: int, seconds_per_token: float, spent: float) -> tuple[Extent, Extent]:
-        """What to find the types on and what to judge them on, within the budget if it can be."""
-        judged = [self.judging, replace(self.judging, chunks=1), Extent(min(self.judging.ctx, 1024), 1)]
-        least = Extent(2 * (self.recent + self.first), 1)
-        shares = [Extent(self.judging.ctx // share, 1) for share in _FINDING]
-        finding = [max(e, least, key=lambda x: x.ctx) for e in shares]
-        finding = [e if e.ctx <= self.judging.ctx else replace(e, ctx=self.judging.ctx) for e in finding]
-        for find in finding:
-            for judging in judged:
-                cost = seconds_per_token * work(layers, find, judging)
-                if self.budget is None or spent + cost <= self.budget:
-                    return find, judging
-        return finding[-1], judged[-1]
+    def work(self, layers: int, fit: Fit, at_once: int = AT_ONCE) -> int:
+        """Tokens that all contexts together evaluate after the calibration."""
+        found = (APART + layers + math.ceil(layers / fit.v_together), twice(layers))
+        judged = (BETWEEN, self.tried + RIVALS)
+        return sum(evaluated(n, fit.finding, at_once) for n in found) + sum(
+            evaluated(n, fit.judging, at_once) for n in judged
+        )
+
+    def fitted(self, layers: int, seconds_per_token: float, at_once: int = AT_ONCE) -> Fit:
+        """The most that the budget allows, else the least there is.
+
+        A run that goes on gets what the interrupted one had: the seconds are the calibration's.
+        """
+        for fit in self._fits():
+            work = _HARDER * self.work(layers, fit, at_once) + _CALIBRATION.tokens
+            if self.budget is None or work * seconds_per_token <= _RESERVE * self.budget:
+                break
+        return fit
+
+    def _fits(self) -> list[Fit]:
+        """From the most to the least."""
+        whole = self.judging.ctx
+        judged = [self.judging, replace(self.judging, chunks=1), Extent(min(whole, 1024), 1)]
+        least = min(2 * (self.recent + self.first), whole)
+        finding = [(Extent(max(int(whole * share), least), 1), v_together) for share, v_together in _FINDING]
+        return [Fit(find, judging, v_together) for find, v_together in finding for judging in judged]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What types are found on, `v_together` layers' V at once, and what profiles are judged on."""
+
+    finding: Extent
+    judging: Extent
+    v_together: int = 1
 
 
 def twice(layers: int) -> int:
@@ -74,32 +101,36 @@ def twice(layers: int) -> int:
 
 
 def alone(layers: int) -> int:
-    """Caches on the text that finds the types."""
+    """Caches on the text that finds the types, if the budget allows all."""
     return APART + 2 * layers + twice(layers)
 
 
-def work(layers: int, finding: Extent, judging: Extent) -> int:
-    """Tokens that all contexts together evaluate, the exact ones among them."""
-    caches = alone(layers)
-    return finding.tokens * (caches + caches // 12 + 2) + judging.tokens * (BETWEEN + 1 + JUDGED + 2)
-
-
 class Progress:
-    """Hears of tokens that were evaluated, out of `total`, and tells the share and what comes next."""
+    """Hears of tokens that were evaluated, out of `total`; tells the share, what comes next, the time left.
 
-    def __init__(self, on_step: OnStep, total: int, done: int) -> None:
-        self._on_step, self._total, self._done = on_step, total, done
+    `seconds_per_token` is what it starts from; as soon as something is measured, that counts.
+    """
 
-    def __call__(self, tokens: int, what: str) -> None:
+    def __init__(self, on_step: OnStep, total: int, done: int, seconds_per_token: float) -> None:
+        self._on_step, self._total, self._rate = on_step, total, seconds_per_token
+        self._done, self._measured, self._seconds = float(done), 0.0, 0.0
+
+    def __call__(self, what: str, tokens: float = 0, seconds: float | None = None) -> None:
+        """`seconds` that the tokens took; None: they were known."""
         self._done += tokens
-        self._on_step(min(1.0, self._done / self._total), what)
+        if seconds is not None:
+            self._measured, self._seconds = self._measured + tokens, self._seconds + seconds
+            self._rate = self._seconds / self._measured
+        left = max(0.0, self._total - self._done)
+        self._on_step(min(1.0, self._done / self._total), what, left * self._rate)
 
 
 @dataclass(frozen=True)
 class Bench:
     """Where profiles of one model are measured: texts to find the types, choose and judge on.
 
-    `start`: window and statistics of every profile; `weights`: what the model was measured with.
+    `start`: window and statistics of every profile; `v_together`: how many
+    neighbours' V is measured at once; `weights`: what the model was measured with.
     """
 
     shape: ModelShape
@@ -107,8 +138,14 @@ class Bench:
     finding: Text
     choosing: Text
     judging: Text
+    v_together: int
     weights: str
     progress: Progress
+
+    @property
+    def found_on(self) -> str:
+        together = f", V of {self.v_together} layers at once" if self.v_together > 1 else ""
+        return f"{self.finding.extent} tokens{together}"
 
     def profile(self, k: tuple[str, ...], v: tuple[str, ...]) -> Profile:
         return replace(self.start, k=k, v=v)
@@ -128,11 +165,10 @@ def prepare(
         UsageError: the corpus is one line.
         EnvironmentProblem: a tool failed, or the disk is full.
     """
-    begin = time.monotonic()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     found_on, judged_on = _halves(corpus, folder)
-    on_step(0.0, "weights without rounding of their own")
+    on_step(0.0, "weights without rounding of their own", None)
     shape = model_shape(model.path)
     exact = _wants_exact_weights(model, shape, folder)
     weights = "dequantized" if exact else "as published"
@@ -140,21 +176,22 @@ def prepare(
     def path() -> Path:
         return _exact_weights(model, build, folder) if exact else model.path
 
-    on_step(0.0, "calibrate K and Q")
+    on_step(0.0, "calibrate K and Q", None)
     statistics, rate = _calibrated(model, path, replace(corpus, path=found_on), build, folder, plan)
-    n = shape.n_layer
-    finding, judging = plan.fitted(n, rate, time.monotonic() - begin)
-    total = _CALIBRATION.tokens + work(n, finding, judging)
-    progress = Progress(on_step, total, _CALIBRATION.tokens)
+    n, at_once = shape.n_layer, _at_once(model)
+    fit = plan.fitted(n, rate, at_once)
+    total = _CALIBRATION.tokens + plan.work(n, fit, at_once)
+    progress = Progress(on_step, total, _CALIBRATION.tokens, _HARDER * rate)
     start = Profile(("f16",) * n, ("f16",) * n, plan.recent, plan.first, statistics=statistics)
-    one = Text(build, path, f"{model.sha256} {weights}", shape, found_on, folder, finding, plan.threads)
-    one = replace(one, at_once=_at_once(model))
+    one = Text(build, path, f"{model.sha256} {weights}", shape, found_on, folder, fit.finding, plan.threads)
+    one = replace(one, at_once=at_once)
     return Bench(
         shape=shape,
         start=start,
         finding=one,
-        choosing=replace(one, extent=judging),
-        judging=replace(one, text=judged_on, extent=judging),
+        choosing=replace(one, extent=fit.judging),
+        judging=replace(one, text=judged_on, extent=fit.judging),
+        v_together=fit.v_together,
         weights=weights,
         progress=progress,
     )
@@ -213,7 +250,7 @@ def _exact_weights(model: ModelFile, build: Build, folder: Path) -> Path:
 def _at_once(model: ModelFile) -> int:
     """Contexts that one process may hold: each has logits of 256 tokens, and as much again."""
     each = 3 * 256 * 4 * (model.gguf.n_vocab or 1) + 2**26
-    return max(2, min(16, int(0.4 * psutil.virtual_memory().available / each)))
+    return max(2, min(AT_ONCE, int(0.4 * psutil.virtual_memory().available / each)))
 
 
 def _halves(corpus: CorpusFile, folder: Path) -> tuple[Path, Path]:

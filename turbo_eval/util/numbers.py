@@ -147,11 +147,11 @@ def option(name: str, kind: Kind) -> Callable[[Any], Any]:
     return parse
 
 
-def percent(name: str) -> Callable[[Any], Any]:
+def percent(name: str, kind: Kind = PERCENT) -> Callable[[Any], Any]:
     """A parser of "3%", "3 %" and "3"."""
 
     def parse(value: Any) -> Any:
-        return read(name, str(value).strip().removesuffix("%"), PERCENT)
+        return read(name, str(value).strip().removesuffix("%"), kind)
 
     return parse
 
