@@ -39,7 +39,7 @@ def run(build: Build, prose: CorpusFile, folder: Path, goal: Goal, plan: Plan = 
     done = tune(
         model, prose, build, folder / "p.gguf", plan, goal, lambda share, what, left: shares.append(share)
     )
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(1, abs=0.03 if goal.bits else 0.3)
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1, abs=0.1 if goal.bits else 0.3)
     return done
 
 
