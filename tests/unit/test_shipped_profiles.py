@@ -10,6 +10,7 @@ import pytest
 
 from turbo_eval.anchor.profile import mean_bits
 from turbo_eval.formats.cache_types import cache_type
+from turbo_eval.inputs.corpora import default_name
 from turbo_eval.inputs.kv_profile import read_profile
 from turbo_eval.inputs.models import registry
 from turbo_eval.util.paths import configs_dir
@@ -31,6 +32,13 @@ def test_whole(path: Path) -> None:
     assert {cache_type(t).name for t in (*own.k, *own.v)} == {*own.k, *own.v}
     assert own.bits == pytest.approx((mean_bits(own.k) + mean_bits(own.v)) / 2)
     assert own.held_out is not None and math.isfinite(own.held_out) and own.held_out > 0
+    # what `make profiles` asks of tune
+    assert (own.recent, own.first, own.recent_type) == (128, 4, "q8_0")
+    assert own.provenance["corpus.name"] == default_name()
+    assert own.provenance["found_on"] == "1 x 2048 tokens"
+    assert own.provenance["model.weights"] == "dequantized"
+    asked = float(file.name.removesuffix(".kv-profile.gguf").rpartition("-")[2])
+    assert asked - 0.05 < own.bits <= asked
     layers = range(file.shape.n_layer)
     assert {*own.statistics} == {f"blk.{n}.{name}" for n in layers for name in ("k_mean", "k_std", "q_rms")}
     for name, values in own.statistics.items():
