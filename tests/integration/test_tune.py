@@ -128,7 +128,7 @@ def test_the_fewest_bits_for_a_bound_on_a_real_model(
     """SmolLM2-135M in contexts of 1024 tokens; then what can be reached, and a bound a tenth tighter."""
 
     def within(bound: float) -> Tuned:
-        plan, out = Plan(Extent(1024, 1)), tmp_path / "p.gguf"
+        plan, out = Plan(Extent(1024, 1), threads=1), tmp_path / "p.gguf"
         return tune(smollm, prose, build, out, plan, Goal(max_kld=bound), lambda share, what, left: None)
 
     found = within(0.01)
