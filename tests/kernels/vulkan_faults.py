@@ -46,7 +46,11 @@ class Fault:
     params: str
 
 
-_PAIR = r"hsk=64,hsv=64,.*type_K=turbo3,type_V=turbo3"
+# One case each, so that llvmpipe compiles one pipeline a fault. With 3 sequences, 2 heads and 1025 keys KV is
+# split, and the results are merged with the sinks, between -10 and 10. 113 keys leave a tile half empty.
+_MERGED = r"hsk=64,hsv=64,nh=2,nr23=\[1,3\],kv=1025,nb=1,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
+_TAIL = r"hsk=64,hsv=64,nh=4,nr23=\[1,1\],kv=113,nb=35,mask=1,sinks=0,.*type_K=turbo3,type_V=turbo3"
+_DIRECT = r"hsk=64,hsv=64,nh=1,nr23=\[24,1\],kv=1000,nb=3,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
 FAULTS = (
     Fault(
         "wrong plane: turbo3's signs are those of the next values",
@@ -55,7 +59,7 @@ FAULTS = (
         "(4*(k/2) + 2*((i%8)/4) + (k + 1)%2)) & 1",
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
-        _PAIR,
+        _TAIL,
     ),
     Fault(
         "wrong plane in the encoder: turbo3's signs are packed in another order",
@@ -73,7 +77,7 @@ FAULTS = (
         "dd & 0xFF",
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
-        _PAIR,
+        _TAIL,
     ),
     Fault(
         "off-by-one tail: the last key is left out",
@@ -82,7 +86,7 @@ FAULTS = (
         "return !KV_bounds_check || lin + 1 < KV;",
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
-        _PAIR,
+        _TAIL,
     ),
     Fault(
         "sink ignored where KV is split",
@@ -91,7 +95,16 @@ FAULTS = (
         "",
         (_REDUCE,),
         "FLASH_ATTN_EXT",
-        r"sinks=1.*turbo",
+        _MERGED,
+    ),
+    Fault(
+        "sink ignored where KV is not split",
+        _ATTENTION,
+        "Lf[r] = Lf[r]*ms + vs;",
+        "",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _DIRECT,
     ),
     Fault(
         "stream offset: every sequence reads the keys of the first",
@@ -100,7 +113,7 @@ FAULTS = (
         "uint32_t k_offset = ik2*p.nb12 / FaBlockBytesK;",
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
-        r"turbo[34]",
+        _MERGED,
     ),
     Fault(
         "split-K merge without the maximum",
@@ -109,7 +122,7 @@ FAULTS = (
         "O += data_a[o_offset];",
         (_REDUCE,),
         "FLASH_ATTN_EXT",
-        _PAIR,
+        _MERGED,
     ),
 )
 
