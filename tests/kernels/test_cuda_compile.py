@@ -24,6 +24,7 @@ FILES = (
     "set-rows.cu",
     "fwht.cu",
     "rope.cu",
+    "sm90a/fattn-wgmma.cu",
 )
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")
 PROBE = "#include <cublas_v2.h>\n"
@@ -54,11 +55,13 @@ def nvcc(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", FILES)
 def test_compiles(name: str, source: Path, nvcc: str, tmp_path: Path) -> None:
+    arch = f"{ARCH}a" if name.startswith("sm90a/") else ARCH
     done = subprocess.run(
         [
             nvcc,
             *FLAGS,
-            f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            *(["-DGGML_CUDA_SM90A"] if arch != ARCH else []),
             f"-I{source.parent}",
             f"-I{source.parents[1] / 'include'}",
             f"-I{source}",

@@ -23,6 +23,7 @@ INSTANCES = "template-instances/fattn-mma-q-instance-"  # all of one kind: a few
 SOME_INSTANCES = (f"{INSTANCES}turbo3-turbo4.cu", f"{INSTANCES}turbo4-turbo2.cu", f"{INSTANCES}f16-q8_0.cu")
 PARSED = {"fattn.cu", "mmvq.cu"}  # upstream's kernels in them take 13 and 30 s to compile
 _TOUCHED = re.compile(r"^diff --git a/ggml/src/ggml-cuda/(\S+\.cu) ", re.M)
+NVIDIA_ONLY = "sm90a/"  # not among the sources of ggml-hip
 # What CMake sets by default for this backend.
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
 COMPILED = {(t, t) for t in ("Q4_0", "Q8_0", "BF16", "F16")}
@@ -33,10 +34,11 @@ DEFINES = (
 
 
 def touched() -> list[str]:
-    """Sources of ggml-cuda in the patches, of the many template instances SOME_INSTANCES."""
+    """Sources of ggml-hip in the patches, of the many template instances SOME_INSTANCES."""
     texts = [p.read_text(encoding="utf-8") for p in (REPO / "patches").glob("*.patch")]
     found = {name for text in texts for name in _TOUCHED.findall(text)}
     assert found.issuperset(SOME_INSTANCES)
+    found = {name for name in found if not name.startswith(NVIDIA_ONLY)}
     return sorted(name for name in found if name in SOME_INSTANCES or not name.startswith(INSTANCES))
 
 
