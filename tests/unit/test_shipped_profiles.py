@@ -38,7 +38,7 @@ def test_whole(path: Path) -> None:
     assert own.provenance["found_on"] == "1 x 2048 tokens"
     assert own.provenance["model.weights"] == "dequantized"
     asked = float(file.name.removesuffix(".kv-profile.gguf").rpartition("-")[2])
-    assert asked - 0.05 < own.bits <= asked
+    assert own.bits is not None and asked - 0.05 < own.bits <= asked
     layers = range(file.shape.n_layer)
     assert {*own.statistics} == {f"blk.{n}.{name}" for n in layers for name in ("k_mean", "k_std", "q_rms")}
     for name, values in own.statistics.items():
