@@ -23,6 +23,7 @@ from turbo_eval.util import paths
 _SHADERS = "ggml/src/ggml-vulkan/vulkan-shaders"
 _ATTENTION = "flash_attn.comp"
 _REDUCE = "flash_attn_split_k_reduce.comp"
+_ROPE_ROT = "rope_rot_store.comp"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Fault:
 _MERGED = r"hsk=64,hsv=64,nh=2,nr23=\[1,3\],kv=1025,nb=1,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
 _TAIL = r"hsk=64,hsv=64,nh=4,nr23=\[1,1\],kv=113,nb=35,mask=1,sinks=0,.*type_K=turbo3,type_V=turbo3"
 _DIRECT = r"hsk=64,hsv=64,nh=1,nr23=\[24,1\],kv=1000,nb=3,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
+_ATTN = "type_K=turbo3,type_V=turbo3,hs=64,n_head_kv=2,gqa_ratio=4,kv=256,n_tokens=1,mode=2$"
 FAULTS = (
     Fault(
         "wrong plane: turbo3's signs are those of the next values",
@@ -63,7 +65,7 @@ FAULTS = (
     ),
     Fault(
         "wrong plane in the encoder: turbo3's signs are packed in another order",
-        "copy_to_turbo.comp",
+        "turbo_encode.glsl",
         "(8*j + 4*(k/2) + 2*h + k%2)",
         "(8*j + 4*(k/2) + h + 2*(k%2))",
         ("copy_to_turbo.comp",),
@@ -141,6 +143,24 @@ FAULTS = (
         (_REDUCE,),
         "FLASH_ATTN_EXT",
         _MERGED,
+    ),
+    Fault(
+        "RoPE, rotation and write: the row of the cache after the one that is meant",
+        _ROPE_ROT,
+        "rope_data_i[i2].x*pc.rope.set_rows_stride",
+        "(rope_data_i[i2].x ^ 1)*pc.rope.set_rows_stride",
+        (_ROPE_ROT,),
+        "ATTN_HADAMARD",
+        _ATTN,
+    ),
+    Fault(
+        "RoPE, rotation and write: the last stage of the rotation left out",
+        _ROPE_ROT,
+        "h < pc.n_rot; h <<= 1",
+        "2*h < pc.n_rot; h <<= 1",
+        (_ROPE_ROT,),
+        "ATTN_HADAMARD",
+        _ATTN,
     ),
 )
 
