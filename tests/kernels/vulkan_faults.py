@@ -145,6 +145,15 @@ FAULTS = (
         _MERGED,
     ),
     Fault(
+        "rotation of the merged result without its first stage",
+        _REDUCE,
+        "for (uint h = 1; h < BLOCK_SIZE; h *= 2)",
+        "for (uint h = 2; h < BLOCK_SIZE; h *= 2)",
+        (_REDUCE,),
+        "FLASH_ATTN_EXT_HADAMARD",
+        r"hsk=64,hsv=64,.*kv=1024,nb=1,.*type_K=q8_0,type_V=turbo3",
+    ),
+    Fault(
         "RoPE, rotation and write: the row of the cache after the one that is meant",
         _ROPE_ROT,
         "rope_data_i[i2].x*pc.rope.set_rows_stride",
