@@ -174,12 +174,18 @@ def _start(cli: Cli, *args: str | Path, bin_dir: Path | None = None) -> subproce
 
 
 def _wait_for_child(process: subprocess.Popen[str], needle: str) -> psutil.Process:
-    """The llama-perplexity whose arguments contain `needle`, once it runs."""
+    """The llama-perplexity whose arguments contain `needle`, once it runs.
+
+    A process that was forked and has not become its program yet has the arguments of its parent: it is not
+    what is waited for.
+    """
+    own = psutil.Process(process.pid)
     for _ in range(1200):
         assert process.poll() is None, process.stderr and process.stderr.read()
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in own.children(recursive=True):
             try:
-                if needle in " ".join(child.cmdline()):
+                arguments = child.cmdline()
+                if arguments != own.cmdline() and needle in " ".join(arguments):
                     return child
             except psutil.Error:
                 continue
