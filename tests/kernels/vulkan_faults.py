@@ -154,10 +154,10 @@ FAULTS = (
         r"hsk=64,hsv=64,.*kv=1024,nb=1,.*type_K=q8_0,type_V=turbo3",
     ),
     Fault(
-        "RoPE, rotation and write: the row of the cache after the one that is meant",
+        "RoPE, rotation and write: the rotation is not scaled",
         _ROPE_ROT,
-        "rope_data_i[i2].x*pc.rope.set_rows_stride",
-        "(rope_data_i[i2].x ^ 1)*pc.rope.set_rows_stride",
+        "rope_data_d[i] *= pc.scale;",
+        "",
         (_ROPE_ROT,),
         "ATTN_HADAMARD",
         _ATTN,
