@@ -16,7 +16,7 @@ CUDA_ARCHS ?=
 DEMO_MODEL := smollm2-135m
 DEMO_CORPUS := news-prose
 
-.PHONY: help setup source demo docs test check test-sanitize golden clean \
+.PHONY: help setup source demo docs test check vulkan-for-tests test-vulkan test-sanitize golden clean \
 	patches-status patches-apply patches-refresh patches-check patches-rebase
 
 help: ## this list
@@ -68,10 +68,19 @@ check: setup docs ## what needs no compiler: ruff, mypy, order of the rooms, pat
 	@$(RUN) patches check
 	@$(RUN) report --readme --check
 
-test: build-cpu metal-emu-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
+test: build-cpu metal-emu-for-tests vulkan-for-tests check ## check, llama.cpp's own tests for the turbo types, pytest with real sweeps
 	@build/cpu/bin/test-quantize-fns
 	@$(BIN)/python -m tests.kernels.turbo_ops
 	@$(BIN)/pytest
+
+# For `make test`: without shader compiler or headers the tests on Vulkan are skipped, with the reason; in CI that is an error.
+vulkan-for-tests: setup
+	@if said=$$($(RUN) build vulkan --key 2>&1) || test -n "$${CI:-}"; then $(MAKE) build-vulkan TOOLS=minimal; \
+		else echo "test: the tests on Vulkan are skipped: $$said"; fi
+
+test-vulkan: build-cpu ## operations and a whole model on a Vulkan device (llvmpipe where there is no GPU), planted faults included
+	@$(MAKE) build-vulkan TOOLS=minimal
+	@CI=1 $(BIN)/pytest -m '' tests/kernels/test_vulkan.py
 
 SANITIZE := build/sanitize
 

@@ -91,7 +91,7 @@ def test_written_workflows_are_the_ones_of_this_repository(tmp_path: Path) -> No
     assert lint(written / "turbo-eval.yml") == ""
     caller, callee = load(written / "turbo-eval.yml"), load(RUN)
     inputs = callee["on"]["workflow_call"]["inputs"]
-    assert {job["with"]["backend"] for job in caller["jobs"].values()} == {"cpu", "metal", "cuda"}
+    assert {job["with"]["backend"] for job in caller["jobs"].values()} == {"cpu", "metal", "cuda", "vulkan"}
     for job in caller["jobs"].values():
         assert job["uses"] == f"./.github/workflows/{RUN.name}"
         assert job["with"].keys() <= inputs.keys()
@@ -135,6 +135,29 @@ def test_cuda_runs_where_there_is_a_runner_and_never_for_strangers() -> None:
     assert not due(runner, "pull_request", "you/fork")
     assert not due("", "push", "")
     assert fill(job["with"]["runner"], {"vars": {"TURBO_EVAL_CUDA_RUNNER": runner}}, {}) == runner
+
+
+def test_vulkan_runs_without_a_gpu_and_a_runner_with_one_never_serves_strangers() -> None:
+    job = load(CALLER)["jobs"]["vulkan"]
+    steps = load(RUN)["jobs"]["evaluate"]["steps"]
+    step = next(s for s in steps if s.get("name") == "Install what Vulkan needs")
+
+    def due(runner: str, event: str, head: str) -> bool:
+        variables = Variables({"TURBO_EVAL_VULKAN_RUNNER": runner} if runner else {})
+        return condition(job["if"], {"vars": variables, "github": happening(event, head)}, {})
+
+    runner = '["self-hosted", "vulkan"]'
+    assert due("", "pull_request", "you/fork") and due("", "push", "")
+    assert due(runner, "push", "") and due(runner, "pull_request", "me/fork")
+    assert not due(runner, "pull_request", "you/fork")
+    assert fill(job["with"]["runner"], {"vars": Variables({})}, {}) == '["ubuntu-24.04"]'
+    for backend, hosted, installs in (
+        ("vulkan", "github-hosted", True),
+        ("vulkan", "self-hosted", False),
+        ("cpu", "github-hosted", False),
+    ):
+        given = {"runner": {"environment": hosted}, "inputs": {"backend": backend}}
+        assert condition(step["if"], given, {}) == installs
 
 
 def test_comment_is_written_once_and_then_replaced(tmp_path: Path) -> None:
@@ -277,6 +300,7 @@ def outcomes(run: JobRun) -> dict[str, str]:
 GREEN = {
     "Install turbo-eval": "success",
     "Install ccache": "skipped",  # only on GitHub's own machines
+    "Install what Vulkan needs": "skipped",
     "Key of this build": "success",
     "Build": "success",
     "Sweep": "success",

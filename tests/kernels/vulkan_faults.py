@@ -36,6 +36,7 @@ class Fault:
         old, new: the text that is replaced, found exactly once.
         compiled: the .comp files to compile again.
         op, params: the cases of test-backend-ops that see it.
+        quick: is it one of those that `make test` plants?
     """
 
     name: str
@@ -45,6 +46,7 @@ class Fault:
     compiled: tuple[str, ...]
     op: str
     params: str
+    quick: bool = False
 
 
 # One case each, so that llvmpipe compiles one pipeline a fault. With 3 sequences, 2 heads and 1025 keys KV is
@@ -71,6 +73,7 @@ FAULTS = (
         ("copy_to_turbo.comp",),
         "SET_ROWS",
         "turbo3",
+        quick=True,
     ),
     Fault(
         "wrong scale: both groups of a block take the first one",
@@ -80,6 +83,7 @@ FAULTS = (
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
         _TAIL,
+        quick=True,
     ),
     Fault(
         "off-by-one tail: the last key is left out",
@@ -116,6 +120,7 @@ FAULTS = (
         (_REDUCE,),
         "FLASH_ATTN_EXT",
         _MERGED,
+        quick=True,
     ),
     Fault(
         "sink ignored where KV is not split",
@@ -161,6 +166,7 @@ FAULTS = (
         (_ROPE_ROT,),
         "ATTN_HADAMARD",
         _ATTN,
+        quick=True,
     ),
     Fault(
         "RoPE, rotation and write: the last stage of the rotation left out",

@@ -84,7 +84,7 @@ def init(
         own / ".gitignore": ("/build/\n/results/\n", "builds and records stay out of git"),
         RUN.with_name("turbo-eval.yml"): (
             _filled("turbo-eval.yml", {"package": package or _this_version()}),
-            "CI: Linux CPU, macOS Metal, CUDA on your own runner",
+            "CI: Linux CPU, Vulkan without a GPU, macOS Metal, CUDA on your own runner",
         ),
         RUN: ((paths.shipped_workflows() / RUN.name).read_text(), "its steps"),
     }
