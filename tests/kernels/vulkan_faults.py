@@ -83,6 +83,15 @@ FAULTS = (
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
         _TAIL,
+    ),
+    Fault(
+        "wrong codebook: turbo3's third magnitude is 62 in place of 74",
+        "turbo.glsl",
+        "61*(r & TURBO_BYTES) + 21*",
+        "49*(r & TURBO_BYTES) + 33*",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _TAIL,
         quick=True,
     ),
     Fault(

@@ -48,15 +48,12 @@ def _window(case: str, window: str, k: str, v: str) -> str:
 _TURBO = ("turbo2", "turbo3", "turbo4")
 _DECODE = "nh=4,nr23=[4,1],kv=113,nb=1,mask=1"
 _PREFILL = "nh=4,nr23=[1,1],kv=113,nb=35,mask=1"
-_SEQUENCES = "nh=2,nr23=[1,3],kv=1025,nb=1,mask=1,sinks=1"
 _CI_ATTENTION = (
-    *(_pair(_DECODE, each, each) for each in _TURBO),
-    *(_pair(_DECODE, k, v) for k, v in (("turbo3", "f16"), ("turbo4", "q8_0"), ("f16", "turbo2"))),
-    *(_pair(_PREFILL, k, v) for k, v in (("turbo2", "turbo2"), ("turbo4", "turbo3"), ("q8_0", "turbo4"))),
-    *(_pair(_SEQUENCES, each, each) for each in ("turbo3", "turbo4")),
+    *(_pair(_DECODE, k, v) for k, v in (("turbo2", "turbo2"), ("turbo4", "q8_0"), ("f16", "turbo3"))),
+    *(_pair(_PREFILL, k, v) for k, v in (("turbo4", "turbo3"), ("q8_0", "turbo2"), ("turbo3", "f16"))),
+    _pair("nh=2,nr23=[1,3],kv=1025,nb=1,mask=1,sinks=1", "turbo3", "turbo3"),
     _pair("nh=1,nr23=[24,1],kv=1000,nb=3,mask=1,sinks=1", "turbo3", "turbo3"),
     _pair("nh=1,nr23=[16,1],kv=257,nb=4,mask=1,sinks=1", "turbo4", "turbo4"),
-    _pair("nh=2,nr23=[4,1],kv=31,nb=17,mask=0", "turbo3", "turbo3"),
     _pair("nh=2,nr23=[2,1],kv=1,nb=1,mask=1", "turbo4", "turbo4"),
     _pair("nh=2,nr23=[2,3],kv=257,nb=70,mask=1", "turbo3", "turbo3"),
     _window("145", "f16", "turbo3", "turbo3"),
