@@ -81,7 +81,7 @@ def test_a_planted_fault_is_caught(fault: vulkan_faults.Fault) -> None:
 
 
 PAIRS = ("f16", "turbo3", "turbo4")
-# the cache alone, and twice the tokens that a window would hold
+# the cache alone: an exact window would hold all of these tokens
 MODEL = ("--metrics", "kld", "--recent", "0", "--anchor", "off", "--ctx", "128", "--chunks", "1")
 
 
