@@ -4,6 +4,7 @@ planted faults that they have to see. `make test-vulkan` runs it with what is sl
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def test_without_a_device_no_case_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     passed, _, output = vulkan_ops.run("GET_ROWS", "|".join(patterns))
     assert passed == 0 and "Vulkan" not in output, output
     assert vulkan_ops.missed(output, patterns) == list(patterns)
+
+
+def test_rotation_and_both_writes_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the exact window, with RoPE and the K anchor before it: nothing is a kernel of its own."""
+    monkeypatch.setenv("GGML_VK_PERF_LOGGER", "1")
+    passed, total, output = vulkan_ops.run("ROPE_HADAMARD", "type=turbo3,n=64,.*type_win")
+    assert 0 < passed == total, output[-4000:]
+    ran = set(re.findall(r"^(\w+)\b.*: \d+ x \S+ us", output, re.M))
+    checked = {"CPY", "CONCAT"}  # what the cases look at the rows with
+    assert ran - checked == {
+        "ROT_SET_ROWS_SET_ROWS",
+        "ROPE_ROT_SET_ROWS_SET_ROWS",
+        "ROPE_ANCHOR_ROT_SET_ROWS_SET_ROWS",
+    }
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ class Fault:
 _MERGED = r"hsk=64,hsv=64,nh=2,nr23=\[1,3\],kv=1025,nb=1,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
 _TAIL = r"hsk=64,hsv=64,nh=4,nr23=\[1,1\],kv=113,nb=35,mask=1,sinks=0,.*type_K=turbo3,type_V=turbo3"
 _DIRECT = r"hsk=64,hsv=64,nh=1,nr23=\[24,1\],kv=1000,nb=3,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
+# All 12 rows of the cache and of the window are compared, 5 of them are written.
+_WRITES = r"type=turbo3,n=64,n_head=3,n_tokens=5,mode=2,.*consts=3,.*type_win=q8_0"
 _ATTN = "type_K=turbo3,type_V=turbo3,hs=64,n_head_kv=2,gqa_ratio=4,kv=256,n_tokens=1,mode=2$"
 FAULTS = (
     Fault(
@@ -170,7 +172,7 @@ FAULTS = (
     Fault(
         "RoPE, rotation and write: the rotation is not scaled",
         _ROPE_ROT,
-        "rope_data_d[i] *= pc.scale;",
+        "v *= pc.scale;",
         "",
         (_ROPE_ROT,),
         "ATTN_HADAMARD",
@@ -185,6 +187,51 @@ FAULTS = (
         (_ROPE_ROT,),
         "ATTN_HADAMARD",
         _ATTN,
+    ),
+    Fault(
+        "RoPE, rotation and write: another row of the cache",
+        _ROPE_ROT,
+        "rope_data_i[i2].x*pc.d_stride",
+        "(rope_data_i[i2].x ^ 1)*pc.d_stride",
+        (_ROPE_ROT,),
+        "ROPE_HADAMARD",
+        _WRITES,
+    ),
+    Fault(
+        "RoPE, rotation and write: another row of the exact window",
+        _ROPE_ROT,
+        "data_wi[i2].x*pc.w_stride + (i1*n_head_size + i0 + tid)/32",
+        "(data_wi[i2].x ^ 1)*pc.w_stride + (i1*n_head_size + i0 + tid)/32",
+        (_ROPE_ROT,),
+        "ROPE_HADAMARD",
+        _WRITES,
+    ),
+    Fault(
+        "RoPE, rotation and write: every other block of the exact window keeps its scale",
+        _ROPE_ROT,
+        "if (tid % 32 == 0) {\n            data_w_q8_0",
+        "if (tid == 0) {\n            data_w_q8_0",
+        (_ROPE_ROT,),
+        "ROPE_HADAMARD",
+        _WRITES,
+    ),
+    Fault(
+        "RoPE, rotation and write: the K anchor is not added",
+        _ROPE_ROT,
+        "v += data_add[c_idx + i];",
+        "",
+        (_ROPE_ROT,),
+        "ROPE_HADAMARD",
+        _WRITES,
+    ),
+    Fault(
+        "RoPE, rotation and write: all heads are balanced with the factors of the first",
+        _ROPE_ROT,
+        "v *= data_mul[c_idx + i];",
+        "v *= data_mul[i];",
+        (_ROPE_ROT,),
+        "ROPE_HADAMARD",
+        _WRITES,
     ),
 )
 

@@ -23,6 +23,7 @@ ALL = {
     "SET_ROWS": "turbo[234]",
     "CPY": "turbo[234]",
     "GET_ROWS": "turbo[234]",
+    "ROPE_HADAMARD": ".",
     "FLASH_ATTN_EXT": "turbo[234]|win=|type_K=bf16,type_V=(f16|q)|type_K=(f16|q.*),type_V=bf16",
 }
 # What llvmpipe does in minutes. It compiles an attention pipeline in seconds with heads of 64; with heads of
