@@ -56,6 +56,7 @@ _TAIL = r"hsk=64,hsv=64,nh=4,nr23=\[1,1\],kv=113,nb=35,mask=1,sinks=0,.*type_K=t
 _DIRECT = r"hsk=64,hsv=64,nh=1,nr23=\[24,1\],kv=1000,nb=3,mask=1,sinks=1,.*type_K=turbo3,type_V=turbo3"
 # All 12 rows of the cache and of the window are compared, 5 of them are written.
 _WRITES = r"type=turbo3,n=64,n_head=3,n_tokens=5,mode=2,.*consts=3,.*type_win=q8_0"
+_WINDOW = "win=145,type_win=f16,type_K=turbo3,type_V=turbo3,hsk=64"
 _ATTN = "type_K=turbo3,type_V=turbo3,hs=64,n_head_kv=2,gqa_ratio=4,kv=256,n_tokens=1,mode=2$"
 FAULTS = (
     Fault(
@@ -159,6 +160,33 @@ FAULTS = (
         (_REDUCE,),
         "FLASH_ATTN_EXT",
         _MERGED,
+    ),
+    Fault(
+        "exact window in the same dispatch: its keys are left out",
+        _ATTENTION,
+        "add_keys(true);",
+        "",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _WINDOW,
+    ),
+    Fault(
+        "exact window in the same dispatch: it reads the cache's rows",
+        _ATTENTION,
+        "FLOAT_TYPEV4(data_kw4[idx])",
+        "FLOAT_TYPEV4(data_kv4[idx])",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _WINDOW,
+    ),
+    Fault(
+        "exact window in the same dispatch: every part begins with its first key",
+        "flash_attn_base.glsl",
+        "start_j = split_win * WIN_SPLIT / Bc;",
+        "start_j = 0;",
+        (_ATTENTION,),
+        "FLASH_ATTN_EXT",
+        _WINDOW,
     ),
     Fault(
         "rotation of the merged result without its first stage",
