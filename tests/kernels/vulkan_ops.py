@@ -28,7 +28,9 @@ ALL = {
 }
 # What llvmpipe does in minutes. It compiles an attention pipeline in seconds with heads of 64; with heads of
 # 128 in most of a minute with Mesa 22.3 and LLVM 15, in three seconds with Mesa 25 and LLVM 19.
-_SHORT_WINDOW = "win=(145|177|48|656),type_win=f16,type_K=turbo3,type_V=turbo3,hsk=64"
+# The exact window is in the dispatch of the cache up to 8 queries, with more in one of its own.
+_WINDOWS = "win=((145|177|48|656),type_win=f16|(145|80),type_win=q8_0)"
+_SHORT_WINDOW = f"{_WINDOWS},type_K=turbo3,type_V=turbo3,hsk=64"
 SHORT = ALL | {
     "FLASH_ATTN_EXT": f"^hsk=64,.*type_K=turbo3,type_V=turbo3.*n_kv_max=0$|{_SHORT_WINDOW}",
 }
