@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ def test_rotation_and_both_writes_are_one_kernel(monkeypatch: pytest.MonkeyPatch
         "ROPE_ROT_SET_ROWS_SET_ROWS",
         "ROPE_ANCHOR_ROT_SET_ROWS_SET_ROWS",
     }
+
+
+def test_the_rotation_is_on_both_of_two_devices(smollm: ModelFile, prose: CorpusFile) -> None:
+    """A layer on the second device must not read constants of the first: CUDA would not run it there."""
+    args = ["-m", str(smollm.path), "-f", str(prose.path), "-ngl", "99", "-fa", "on", "-v"]
+    args += ["-c", "32", "-b", "32", "-ub", "32", "--chunks", "1", "--kv-recent", "0", "--kv-first", "0"]
+    done = subprocess.run(
+        [find_build("vulkan").tool("llama-kv-eval"), *args, "--pair", "q8_0:q8_0"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=vulkan_ops.environment() | {"GGML_VK_VISIBLE_DEVICES": "0,0", "GGML_SCHED_DEBUG": "2"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    second = re.findall(r"## SPLIT #\d+: Vulkan1 # \d+ inputs.*", done.stdout + done.stderr)
+    assert second and all("attn_inp_kq_mask" in inputs and "rot" not in inputs for inputs in second), second
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,16 @@ def test_gpu_lines() -> None:
     assert state.devices == ("CUDA0 (NVIDIA H100 80GB HBM3)",)
 
 
+def test_splits_of_a_graph_that_differs_for_single_tokens() -> None:
+    # as with an exact window, whose prompts have operations that a single token does not need
+    state = output.parse_effective(
+        "sched_reserve: graph: nodes = 936, splits = 2, input objects = 4, input tensors = 6\n"
+        "sched_reserve: graph (pp bs=512, tg bs=1): nodes = 1844 / 1544, splits = 87 / 3, "
+        "input objects = 4 / 4, input tensors = 9 / 9\n"
+    )
+    assert state.graph_splits == 87
+
+
 @pytest.mark.parametrize(
     ("line", "anchor", "bits"),
     [

@@ -28,7 +28,9 @@ _FLASH_AUTO = re.compile(r"Flash Attention was auto, set to (\w+)")
 _UBATCH = re.compile(r"^llama_context: n_ubatch\s*=\s*(\d+)", re.M)
 _N_CTX_SEQ = re.compile(r"^llama_context: n_ctx_seq\s*=\s*(\d+)", re.M)
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
-_SPLITS = re.compile(r"graph\S*: nodes = .*?, splits = (.*?)(?:, input|$)", re.M)
+# graph: nodes = 936, splits = 1, input objects = 4, …
+# graph (pp bs=512, tg bs=1): nodes = 1844 / 1544, splits = 87 / 3, … (prompts and single tokens differ)
+_SPLITS = re.compile(r"graph[^:\n]*: nodes = .*?, splits = (.*?)(?:, input|$)", re.M)
 _DEVICE = re.compile(r"using device (\S+) \((.+?)\)")
 # ggml_cuda_init:   Device 0: NVIDIA H100 80GB HBM3, compute capability 9.0, VMM: yes
 # ggml_metal_device_init: GPU family: MTLGPUFamilyApple8  (1008)
