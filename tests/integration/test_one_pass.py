@@ -282,11 +282,12 @@ def test_until_decided_needs_figures_of_each_token(sweep: Sweep) -> None:
     assert "nothing is ever decided" in sweep.run(PAIRS, "--until-decided", "1", "--no-reference").stderr
 
 
-def test_on_a_terminal_it_shows_where_it_is_and_ends_with_the_front(sweep: Sweep) -> None:
+def test_on_a_terminal_it_shows_where_it_is_and_ends_with_the_front(sweep: Sweep, prose: CorpusFile) -> None:
     """Of each running cell ΔPPL with its interval, of the sweep the time left; then table and front."""
-    args = sweep.args("--pairs", PAIRS, "--metrics", "kld", "--chunks", "6")
+    sweep.text = prose.path  # long enough for a picture between the first chunk and the last
+    args = sweep.args("--pairs", PAIRS, "--metrics", "kld", "--chunks", "24")
     code, said = sweep.cli.on_a_terminal(*sweep.cli.sweep_args(*args))
     assert code == 0, said
-    assert re.search(r"turbo3/turbo3 kld .* \d/6 ΔPPL [+−][\d.]+ \([+−][\d.]+ … [+−][\d.]+\) %", said), said
+    assert re.search(r"turbo3/turbo3 kld .* \d+/24 ΔPPL [+−][\d.]+ \([+−][\d.]+ … [+−][\d.]+\) %", said), said
     assert re.search(r"cells .* about \d+ s left", said)
     assert "KL divergence from f16/f16, nats, by size" in said and "●" in said.split("by size")[1]
