@@ -112,6 +112,12 @@ def test_a_planted_fault_is_caught(fault: vulkan_faults.Fault) -> None:
     assert failed > 0
 
 
+def test_every_fault_has_its_place() -> None:
+    """Also of those that are slow: the text that is replaced is in its shader, once."""
+    for fault in vulkan_faults.FAULTS:
+        assert vulkan_faults.shader_text(fault).count(fault.old) == 1, fault.name
+
+
 PAIRS = ("f16", "turbo3", "turbo4")
 # the cache alone: an exact window would hold all of these tokens
 MODEL = ("--metrics", "kld", "--recent", "0", "--anchor", "off", "--ctx", "128", "--chunks", "1")

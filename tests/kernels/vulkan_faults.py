@@ -149,8 +149,8 @@ FAULTS = (
     Fault(
         "stream offset: every sequence reads the keys of the first",
         _ATTENTION,
-        "uint32_t k_offset = (ik2*p.nb12 + ik3*p.nb13) / FaBlockBytesK;",
-        "uint32_t k_offset = ik2*p.nb12 / FaBlockBytesK;",
+        "k_offset = (ik2*p.nb12 + ik3*p.nb13) / FaBlockBytesK;",
+        "k_offset = ik2*p.nb12 / FaBlockBytesK;",
         (_ATTENTION,),
         "FLASH_ATTN_EXT",
         _MERGED,
@@ -267,12 +267,17 @@ FAULTS = (
 )
 
 
+def shader_text(fault: Fault) -> str:
+    """The shader that the fault is planted in, as it is."""
+    return (paths.worktree_dir() / _SHADERS / fault.file).read_text()
+
+
 def plant(fault: Fault, folder: Path) -> None:
     """Put a libggml-vulkan with the fault into `folder`."""
     build = paths.build_dir("vulkan")
     shaders = folder / "vulkan-shaders"
     shutil.copytree(paths.worktree_dir() / _SHADERS, shaders)
-    text = (shaders / fault.file).read_text()
+    text = shader_text(fault)
     assert text.count(fault.old) == 1, f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times"
     (shaders / fault.file).write_text(text.replace(fault.old, fault.new))
 
