@@ -25,8 +25,7 @@ _ATTENTION = "flash_attn.comp"
 _REDUCE = "flash_attn_split_k_reduce.comp"
 _ROPE_ROT = "rope_rot_store.comp"
 
-
-RUNS = 20
+RUNS = 20  # at most, until a fault shows
 
 
 @dataclass(frozen=True)
